@@ -1,0 +1,1 @@
+"""Commands for weights on the Hugging Face Hub: publish, verify, mirror, import_official, manifest."""

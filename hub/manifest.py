@@ -1,0 +1,89 @@
+"""Write the manifest of pretrained sources from timm's registry: `python -m hub.manifest`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import timm
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from timm.models import get_pretrained_cfg
+
+import fdconv_zoo
+from fdconv_zoo.download import Source
+
+PATH = Path(fdconv_zoo.__file__).with_name("pretrained_manifest.json")
+# The static models that the zoo's `_converted` tags start from.
+BASES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    "mobilenetv2_100",
+    *("convnext_atto", "convnext_tiny", "convnext_small", "convnext_base"),
+    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")),
+    *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
+)
+
+
+def is_imagenet(tag: str) -> bool:
+    """Whether a timm tag names a classifier trained or fine-tuned on ImageNet-1k, -12k or -22k."""
+    return any(name in tag for name in ("in1k", "in12k", "in22k"))
+
+
+def sources(known: Iterable[Source]) -> list[Source]:
+    """One source for each ImageNet tag of `BASES`; what is already known about a file is kept."""
+    old = {(source.repo, source.file): source for source in known}
+    configs = [get_pretrained_cfg(name) for base in BASES for name in timm.list_pretrained(f"{base}.*")]
+    wanted = {Source(config.hf_hub_id) for config in configs if is_imagenet(config.tag)}
+    return sorted((old.get((source.repo, source.file), source) for source in wanted), key=lambda source: source.repo)
+
+
+def ask_hub(source: Source) -> Source:
+    """`source` with the commit, size and sha256 that the Hub announces now, at the source's commit if it has one."""
+    metadata = get_hf_file_metadata(hf_hub_url(source.repo, source.file, revision=source.commit))
+    if source.sha256 and metadata.etag != source.sha256:
+        raise SystemExit(f"{source.repo}/{source.file}: pinned sha256 {source.sha256}, the Hub has {metadata.etag}")
+    return replace(
+        source,
+        commit=metadata.commit_hash,
+        size=metadata.size,
+        sha256=metadata.etag,
+        checked="announced by the Hub",
+    )
+
+
+def read(path: Path) -> list[Source]:
+    return [Source(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["sources"]]
+
+
+def render(entries: Iterable[Source]) -> str:
+    lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
+    return f'{{"sources": [\n{lines}\n]}}\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hub.manifest",
+        description="Write fdconv_zoo/pretrained_manifest.json from timm's registry, keeping what is known of each file.",
+        epilog="example: python -m hub.manifest --ask-hub    # fill in commits, sizes and digests where there is a network",
+    )
+    parser.add_argument("--output", type=Path, default=PATH, help="file to update (default: the package's)")
+    parser.add_argument("--ask-hub", action="store_true", help="ask the Hub for commit, size and sha256 of every file")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is out of date")
+    args = parser.parse_args()
+
+    entries = sources(read(args.output) if args.output.exists() else [])
+    if args.ask_hub:
+        entries = [ask_hub(entry) for entry in entries]
+    text = render(entries)
+    if args.check:
+        if args.output.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"{args.output} is out of date: run `python -m hub.manifest`")
+        return
+    args.output.write_text(text, encoding="utf-8")
+    print(f"{args.output}: {len(entries)} sources, {sum(entry.sha256 is not None for entry in entries)} with a sha256")
+
+
+if __name__ == "__main__":
+    main()
