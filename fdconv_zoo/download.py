@@ -14,7 +14,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import (
     constants,
@@ -28,7 +28,15 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Revisio
 
 from .version import __version__
 
-__all__ = ["PretrainedError", "Source", "check_safetensors", "download_verified", "file_digest", "redact"]
+__all__ = [
+    "PretrainedError",
+    "Source",
+    "check_repo_path",
+    "check_safetensors",
+    "download_verified",
+    "file_digest",
+    "redact",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -102,7 +110,11 @@ def download_verified(
     """
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, got {attempts}")
-    found = try_to_load_from_cache(source.repo, source.file, cache_dir, source.commit)
+    try:
+        check_repo_path(source.file)
+        found = try_to_load_from_cache(source.repo, source.file, cache_dir, source.commit)
+    except ValueError as error:  # a name that can't be
+        raise _failure(source, cache_dir, endpoint, 0, error) from None
     cached = Path(found) if isinstance(found, str) else None
     digest = source.sha256 or (_announced(cached) if cached else None)
     # Hashed on every use, not once: it takes about 0.1 s per 100 MB, less than loading them, it needs no marker that
@@ -170,6 +182,17 @@ def _download(source: Source, cache_dir: str | Path | None, endpoint: str | None
             path.unlink(missing_ok=True)
         raise CorruptFileError(f"the file's content does not have the digest {digest}")
     return path
+
+
+def check_repo_path(path: str) -> None:
+    """Refuse a path that, joined to a folder on any system, could lead out of it.
+
+    Raises:
+        ValueError: The path is absolute, has a drive or a share, or goes up.
+    """
+    windows = PureWindowsPath(path)  # takes / and \\ for separators, and knows drives and shares
+    if not path or windows.anchor or ".." in windows.parts:
+        raise ValueError(f"the path {path!r} leaves its folder")
 
 
 def check_safetensors(path: Path) -> None:

@@ -65,8 +65,8 @@ def render(entries: Iterable[Source]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hub.manifest",
-        description="Write fdconv_zoo/pretrained_manifest.json from timm's registry, keeping what is known of each file.",
-        epilog="example: python -m hub.manifest --ask-hub    # fill in commits, sizes and digests where there is a network",
+        description="Write fdconv_zoo/pretrained_manifest.json from timm's registry; what is known of a file is kept.",
+        epilog="example: python -m hub.manifest --ask-hub    # where there is a network: fill in what is unknown",
     )
     parser.add_argument("--output", type=Path, default=PATH, help="file to update (default: the package's)")
     parser.add_argument("--ask-hub", action="store_true", help="ask the Hub for commit, size and sha256 of every file")

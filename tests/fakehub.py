@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loop-back address, standard library only: reads, LFS, commits, faults.
+"""A stand-in for the Hugging Face Hub on the loop-back address: reads, LFS, commits, faults.
 
     with FakeHub() as hub:
         hub.add("org/name", {"config.json": b"{}", "model.safetensors": data})
@@ -21,9 +21,13 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
+from unittest import mock
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import constants
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -321,3 +325,14 @@ ROUTES = [
     (("POST",), rf"/api/models/{REPO}/commit/(?P<revision>.+)", Handler.commit),
 ]
 WRITES = ("create_repo", "preupload", "commit")
+
+
+@contextlib.contextmanager
+def as_endpoint(hub: FakeHub) -> Iterator[FakeHub]:
+    """Within it, huggingface_hub in this process talks to `hub`, as HF_ENDPOINT and HF_HUB_DISABLE_XET have it."""
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    with (
+        hub,
+        mock.patch.multiple(constants, ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_DISABLE_XET=True),
+    ):
+        yield hub
