@@ -1,0 +1,366 @@
+"""The training loop: updates, validation, checkpoints, and an orderly end."""
+
+import argparse
+import logging
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, evaluation_sample_limit
+from timm.utils import dispatch_clip_grad, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from train_checkpoint import STATE_FILE, copy_weights, random_state, save_state, save_weights, set_random_state
+from train_data import BatchAugmentation, TrainLoader
+from train_log import RunLog
+
+_logger = logging.getLogger("train")
+
+
+class DivergedError(RuntimeError):
+    """The loss or a weight is no longer finite."""
+
+
+class StoppedError(RuntimeError):
+    """A stop signal ended the run after it was saved; ``signum`` is the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT, while in use, into a request that the loop answers after its current update.
+
+    A second SIGINT (Ctrl-C twice) ends the process at once; a SIGTERM after it does not, as torchrun sends one.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {signum: signal.signal(signum, self._receive) for signum in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def any_process(self) -> int:
+        """The signal that this or another process of the run received, or 0."""
+        if not dist.is_initialized():
+            return self.signum
+        signum = torch.tensor(self.signum)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+@dataclass
+class Progress:
+    """Where a run is; part of every checkpoint.
+
+    Attributes:
+        epoch: Current epoch.
+        epoch_updates: Updates done in it.
+        updates: Updates done in the run.
+        loss_sum: Sum of the epoch's losses so far, one each update.
+        best_metric: Best validation metric, ``None`` before the first validation.
+        best_epoch: Its epoch.
+    """
+
+    epoch: int = 0
+    epoch_updates: int = 0
+    updates: int = 0
+    loss_sum: float = 0.0
+    best_metric: float | None = None
+    best_epoch: int | None = None
+
+
+@dataclass
+class Trainer:
+    """Trains a task, validates after each epoch and saves all it needs to go on.
+
+    Attributes:
+        args: Arguments of train.py.
+        task: timm's classification task, on its device and prepared for distribution.
+        optimizer: Optimiser of the task's model.
+        scheduler: timm's schedule, stepped each update.
+        scaler: Gradient scaler, disabled but for float16.
+        train_loader: Training batches.
+        val_loader: Validation batches.
+        augment: Augmentation of training batches.
+        log: Log of the run, in its first process.
+        device: Device of this process.
+        epochs: Epochs of the whole schedule.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        stop: Stop signals of this process.
+        progress: Where the run is.
+    """
+
+    args: argparse.Namespace
+    task: ClassificationTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    train_loader: TrainLoader
+    val_loader: Any
+    augment: BatchAugmentation
+    device: torch.device
+    epochs: int
+    rank: int
+    world_size: int
+    stop: StopSignals
+    log: RunLog | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def fit(self) -> None:
+        """Train to the end of the schedule, or for ``--steps`` updates.
+
+        Raises:
+            DivergedError: The loss or a weight is not finite. The last checkpoint is from before.
+            StoppedError: A stop signal came. The checkpoint is from now.
+            CheckpointError: A checkpoint can't be written. The one before is intact.
+        """
+        while self.progress.epoch < self.epochs:
+            complete = self._train_epoch()
+            self._save()
+            self._validate()
+            if not complete:
+                return
+            self.progress.epoch += 1
+            self.progress.epoch_updates = 0
+            self._loss_sum.zero_()
+            self._save()
+            self._leave_if_asked()
+
+    def _train_epoch(self) -> bool:
+        """Train the rest of the epoch; ``False`` if ``--steps`` ended it early."""
+        args, progress, total = self.args, self.progress, len(self.train_loader)
+        first = progress.epoch_updates * args.grad_accum_steps
+        batches = self.train_loader.batches(progress.epoch, first)
+        self.task.train()
+        if self.log is not None:
+            self.log.start_epoch(progress.updates)
+        for batch in range(first, total, args.grad_accum_steps):
+            if args.steps is not None and progress.updates >= args.steps:
+                return False
+            self._loss_sum += self._update(batches, min(args.grad_accum_steps, total - batch))
+            progress.epoch_updates += 1
+            progress.updates += 1
+            self.task.update_ema(step=progress.updates)
+            self.scheduler.step_update(progress.updates)
+            if progress.updates % args.log_interval == 0 or batch + args.grad_accum_steps >= total:
+                self._report(min(1.0, (batch + args.grad_accum_steps) / total))
+            if args.save_every_steps and progress.updates % args.save_every_steps == 0:
+                self._save()
+            self._leave_if_asked()
+        return True
+
+    def _update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], passes: int) -> torch.Tensor:
+        """One optimiser update from the next ``passes`` batches; returns their mean loss."""
+        args = self.args
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for i in range(passes):
+            images, labels = self.augment(*next(batches), self.progress.epoch)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self.task.no_sync() if i + 1 < passes else nullcontext():
+                with autocast(args, self.device):
+                    loss = self.task(images, labels)["loss"] / passes
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def _mean_loss(self) -> float:
+        """Mean loss of the epoch so far over all processes.
+
+        Raises:
+            DivergedError: A loss since the beginning of the epoch was not finite.
+        """
+        loss_sum = self._loss_sum.clone()
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        self.progress.loss_sum = loss_sum.item() / self.world_size
+        if not math.isfinite(self.progress.loss_sum):
+            raise DivergedError(f"the loss is not finite in epoch {self.progress.epoch}: {self._last_good()}")
+        return self.progress.loss_sum / max(self.progress.epoch_updates, 1)
+
+    def _last_good(self) -> str:
+        state = self.args.output / STATE_FILE
+        advice = "try a lower --lr, more --warmup-epochs, --clip-grad, or --amp-dtype bfloat16"
+        return f"{f'{state} is from before; ' if state.exists() else ''}{advice}"
+
+    def _report(self, share: float) -> None:
+        loss = self._mean_loss()
+        if self.log is not None:
+            images = self.args.batch_size * self.args.grad_accum_steps * self.world_size
+            # Groups differ by lr_scale: the unscaled rate is the largest.
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            self.log.train(self.progress.epoch, share, self.progress.updates, loss, lr, images)
+
+    def _leave_if_asked(self) -> None:
+        signum = self.stop.any_process()
+        if signum:
+            self._save()
+            raise StoppedError(signum)
+
+    def _validate(self) -> None:
+        """Evaluate the weights and their average, note the best, and report the epoch."""
+        if dist.is_initialized():
+            for ema in (False, True)[: 1 + self.task.has_ema()]:
+                # From the first process: its batch statistics are the ones DDP and the checkpoint keep.
+                distribute_bn(self.task.get_eval_model(ema=ema), self.world_size, reduce=False)
+        metrics = self._evaluate(self.task.get_eval_model())
+        watched = metrics[self.args.eval_metric]
+        if self.task.has_ema():
+            averaged = self._evaluate(self.task.get_eval_model(ema=True))
+            watched = averaged[self.args.eval_metric]
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        self._report_corrupt_images()
+        progress = self.progress
+        better = (
+            watched < (progress.best_metric or math.inf)
+            if self.args.eval_metric == "loss"
+            else (progress.best_metric is None or watched > progress.best_metric)
+        )
+        if better:
+            progress.best_metric, progress.best_epoch = watched, progress.epoch
+        if self.log is not None:
+            if better:
+                last = "last_ema.safetensors" if self.task.has_ema() else "last.safetensors"
+                copy_weights(self.args.output / last, self.args.output / "model_best.safetensors")
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
+            self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
+
+    @torch.inference_mode()
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss, top-1 and top-5 accuracy (percent) over the validation set of all processes."""
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        model.eval()
+        evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.val_loader))
+        for images, labels in self.val_loader:
+            if self.args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with autocast(self.args, self.device):
+                output = model(images)
+            evaluator.update(output, labels)
+        return dict(evaluator.compute(distributed=dist.is_initialized()))
+
+    def _report_corrupt_images(self) -> None:
+        reports = gather(self.train_loader.corrupt_images())
+        if self.log is not None:
+            names = {name for _, found in reports for name in found}
+            self.log.corrupt_images(len(names) or sum(count for count, _ in reports), sorted(names))
+
+    def _save(self) -> None:
+        """Save the state and the weights, from all processes' random states, in the first process."""
+        self._mean_loss()
+        random_states = gather(random_state(self.device))
+        if self.rank != 0:
+            return
+        weights = {"last": self.task.get_checkpoint_state()["state_dict"]}
+        if self.task.has_ema():
+            weights["last_ema"] = self.task.get_checkpoint_state(ema=True)["state_dict_ema"]
+        for name, tensor in weights["last"].items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"{name} is not finite after update {self.progress.updates}: {self._last_good()}")
+        state = {
+            "progress": asdict(self.progress),
+            "args": recorded_args(self.args),
+            "world_size": self.world_size,
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_states,
+        }
+        save_state(state, self.args.output / STATE_FILE)
+        for name, tensors in weights.items():
+            facts = {"model": self.args.model, "epoch": self.progress.epoch, "update": self.progress.updates}
+            metadata = {key: str(value) for key, value in facts.items()}
+            save_weights(tensors, self.args.output / f"{name}.safetensors", metadata)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state that another process saved.
+
+        Args:
+            state: What ``load_state`` read.
+
+        Raises:
+            ValueError: The state is of a run with other batches, so that its position means nothing here.
+        """
+        for name in ("batch_size", "grad_accum_steps", "aug_repeats", "seed"):
+            was, now = state["args"][name], getattr(self.args, name)
+            if was != now:
+                raise ValueError(f"the checkpoint was made with {name} {was}, not {now}: resume with the same")
+        if state["world_size"] != self.world_size:
+            raise ValueError(
+                f"the checkpoint was made by {state['world_size']} processes, not {self.world_size}: "
+                "resume with as many, or start a new run with --initial-checkpoint from its last.safetensors"
+            )
+        changed = {
+            name: (value, recorded_args(self.args)[name])
+            for name, value in state["args"].items()
+            if name in vars(self.args) and value != recorded_args(self.args)[name]
+        }
+        if changed and self.rank == 0:
+            changes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
+            _logger.warning(f"options changed since the checkpoint, so this is no exact continuation: {changes}")
+        self.task.load_checkpoint_state(state["weights"]["last"])
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state["weights"].get("last_ema", state["weights"]["last"]), ema=True)
+        # The options of now hold, such as a lower rate; what an optimiser counts in its groups goes on.
+        groups = zip(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        groups = [{**saved, **current} for saved, current in groups]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self._loss_sum.fill_(self.progress.loss_sum)
+        self.scheduler.step_update(self.progress.updates)  # a function of the number of updates, without state
+        set_random_state(state["random"][self.rank], self.device)
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """Mixed precision as the arguments ask for it."""
+    return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every process, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def recorded_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that make a run what it is, without places, speeds and stops."""
+    left_out = {
+        "config", "output", "resume", "steps", "save_every_steps", "log_interval", "workers", "tensorboard", "device",
+        "data_dir", "initial_checkpoint", "pretrained", "torchcompile",
+    }  # fmt: skip
+    return {name: value for name, value in vars(args).items() if name not in left_out}

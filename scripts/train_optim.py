@@ -1,0 +1,63 @@
+"""Learning rate and parameter groups."""
+
+from typing import Any
+
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+MODULATION = (".ksm.", ".fbm.")
+
+
+def scaled_learning_rate(base: float, base_size: int, global_batch: int, scale: str) -> float:
+    """Learning rate for ``global_batch`` images an update, from the one at ``base_size``.
+
+    Args:
+        base: Learning rate at ``base_size`` images an update.
+        base_size: Images an update that ``base`` is meant for.
+        global_batch: Images an update, over all processes and accumulated passes.
+        scale: ``linear`` (Goyal et al., arXiv 1706.02677, section 2.1) or ``sqrt``.
+    """
+    ratio = global_batch / base_size
+    return base * (ratio if scale == "linear" else ratio**0.5)
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, static_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """timm's parameter groups, with a lower rate for what a converted model inherits from its static source.
+
+    FDConv's modulation (parameters of ``ksm`` and ``fbm`` modules) and the classifier start untrained and keep the
+    full rate; all others, the Fourier weights among them, have ``lr_scale`` multiplied by ``static_lr_scale``.
+    timm's schedulers apply ``lr_scale``.
+
+    Args:
+        model: Model, not wrapped.
+        weight_decay: Decay of all parameters but biases, norms and the model's own exceptions.
+        layer_decay: Factor from each of timm's layer groups to the one below; ``None`` for one rate.
+        static_lr_scale: Factor of the rate of inherited parameters, in (0, 1] as a rule.
+    """
+    exceptions = getattr(model, "no_weight_decay", set)()
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exceptions)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exceptions, layer_decay=layer_decay)
+    if static_lr_scale == 1:
+        return groups
+
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    full_rate = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if any(part in name for part in MODULATION) or name.startswith(tuple(f"{head}." for head in heads))
+    }
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        new = [parameter for parameter in group["params"] if id(parameter) in full_rate]
+        inherited = [parameter for parameter in group["params"] if id(parameter) not in full_rate]
+        scale = group.get("lr_scale", 1.0)
+        if new:
+            split.append({**group, "params": new, "lr_scale": scale})
+        if inherited:
+            split.append({**group, "params": inherited, "lr_scale": scale * static_lr_scale})
+    return split

@@ -1,0 +1,185 @@
+"""Runs of train.py that are killed, stopped, resumed, fed with bad data and out of disk."""
+
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.utils import random_seed
+from train import main
+from train_checkpoint import load_state
+from train_runs import ENVIRONMENT, SCRIPTS, assert_same_weights, command, photo_folder, run, run_until
+
+# Everything random that a run can have: dropout, stochastic depth, augmentation in the loader workers, random erasing
+# and mixup in the main process; and everything stateful: momentum, schedule, EMA, accumulated passes.
+RECIPE = [
+    "--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 2, "--grad-accum-steps", 2, "-j", 2,
+    "--epochs", 3, "--opt", "adamw", "--lr", 2e-3, "--warmup-epochs", 1, "--drop", 0.2, "--drop-path", 0.1,
+    "--aa", "rand-m9-mstd0.5", "--reprob", 0.5, "--mixup", 0.2, "--cutmix", 1, "--smoothing", 0.1, "--clip-grad", 1,
+    "--model-ema", "--model-ema-decay", 0.9, "--device", "cpu", "--log-interval", 1,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return photo_folder(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(*RECIPE, "--data-dir", photos, "--output", output)
+    return output
+
+
+def test_killed_run_resumes_to_the_same_weights(photos, uninterrupted, tmp_path):
+    args = [*RECIPE, "--data-dir", photos, "--output", tmp_path, "--save-every-steps", 3]
+    code, output = run_until("update 8/15", signal.SIGKILL, *args)
+    assert code == -signal.SIGKILL
+    assert "update 15/15" not in output
+    resumed = run(*args, "--resume")
+    assert "resumed" in resumed and "epoch 1 after update 6" in resumed
+    assert_same_weights(uninterrupted, tmp_path)
+    assert (tmp_path / "summary.csv").read_text() == (uninterrupted / "summary.csv").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopped_run_saves_leaves_and_resumes_to_the_same_weights(photos, uninterrupted, tmp_path, signum):
+    args = [*RECIPE, "--data-dir", photos, "--output", tmp_path]
+    code, output = run_until("update 7/15", signum, *args)
+    assert code == 128 + signum
+    assert output.splitlines()[-1] == f"stopped by {signum.name} and saved; go on with --resume"
+    run(*args, "--resume", "-j", 1)  # the number of workers changes nothing
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+KILL_BETWEEN_WRITES = """
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+import train, train_loop
+save_weights = train_loop.save_weights
+def killed_on_second_save(weights, path, metadata):
+    if metadata["update"] == "6":
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_weights(weights, path, metadata)
+train_loop.save_weights = killed_on_second_save
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_kill_between_state_and_weights_does_not_mix_steps(photos, uninterrupted, tmp_path):
+    args = [*RECIPE, "--data-dir", photos, "--output", tmp_path, "--save-every-steps", 3]
+    code = KILL_BETWEEN_WRITES.format(scripts=str(SCRIPTS))
+    killed = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=ENVIRONMENT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    with safe_open(tmp_path / "last.safetensors", "pt") as weights:
+        assert weights.metadata()["update"] == "5"  # the state is already the one after update 6
+    assert "after update 6" in run(*args, "--resume")
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+def test_two_processes_have_the_gradient_of_one_on_the_same_global_batch(photos, tmp_path):
+    # One SGD update without momentum and decay moves the weights by lr times the gradient. A model without batch norm,
+    # whose statistics would be those of each process's part of the batch; without dropout, whose masks would differ.
+    args = [
+        "--model", "test_vit", "--num-classes", 2, "--img-size", 64, "--model-kwargs", "img_size=64",
+        "--data-dir", photos, "-j", 1, "--aa", "rand-m9-mstd0.5", "--device", "cpu", "--steps", 1,
+        "--opt", "momentum", "--momentum", 0, "--weight-decay", 0, "--lr", 1,
+        "--sched", "constant", "--warmup-epochs", 0,
+    ]  # fmt: skip
+    run(*args, "-b", 8, "--output", tmp_path / "one")
+    run(*args, "-b", 4, "--output", tmp_path / "two", processes=2)
+    run(*args, "-b", 4, "--output", tmp_path / "accumulated", "--grad-accum-steps", 2)
+    one, two, accumulated = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two", "accumulated"))
+    random_seed(42)
+    start = timm.create_model("test_vit", num_classes=2, img_size=64).state_dict()
+    for name in one:
+        gradient = start[name] - one[name]
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(start[name] - two[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(start[name] - accumulated[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_resume_to_the_same_weights(photos, tmp_path):
+    args = [*RECIPE, "--data-dir", photos, "-j", 1, "--save-every-steps", 2, "--sync-bn"]
+    run(*args, "--output", tmp_path / "whole", processes=2)
+    code, _ = run_until("update 5/", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
+    assert code != 0
+    run(*args, "--output", tmp_path / "stopped", "--resume", processes=2)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_divergence_stops_with_advice_and_keeps_the_last_good_checkpoint(photos, tmp_path):
+    args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 4, "-j", 0, "--data-dir", photos]
+    args += ["--device", "cpu", "--lr", 1e30, "--sched", "constant", "--warmup-epochs", 0, "--save-every-steps", 1]
+    output = run(*args, "--output", tmp_path, expect=1)
+    last = output.splitlines()[-1]
+    assert "not finite" in last and "last.state.pt is from before; try a lower --lr" in last
+    assert "Traceback" not in output
+    state = load_state(tmp_path / "last.state.pt")
+    assert all(weight.isfinite().all() for weight in state["weights"]["last"].values())
+
+
+@pytest.mark.slow
+def test_full_disk_ends_in_one_line_and_keeps_the_checkpoint(photos, tmp_path):
+    args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 4, "-j", 0, "--data-dir", photos]
+    args += ["--device", "cpu", "--epochs", 3, "--output", tmp_path]
+    run(*args, "--steps", 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".safetensors")}
+    full = subprocess.run(
+        command(*args, "--resume"), env=ENVIRONMENT, text=True, capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )  # fmt: skip
+    assert full.returncode == 1
+    line = full.stderr.splitlines()[-1]
+    assert "can't write" in line and "the previous last.state.pt is intact" in line
+    assert "Traceback" not in full.stderr
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before}
+    assert not list(tmp_path.glob(".*.tmp"))
+    run(*args, "--resume")
+
+
+def test_corrupt_images_are_skipped_counted_and_listed(photos, tmp_path):
+    data = photo_folder(tmp_path / "data")
+    photo = (data / "train" / "class0" / "imagenet_00_243.jpg").read_bytes()
+    (data / "train" / "class0" / "truncated.jpg").write_bytes(photo[: len(photo) // 2])
+    (data / "train" / "class1" / "no_image.jpg").write_text("not an image")
+    args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 2, "-j", 2, "--data-dir", data]
+    output = run(*args, "--device", "cpu", "--epochs", 2, "--output", tmp_path / "run")
+    assert output.count("skipped 2 corrupt images so far") == 2
+    listed = (tmp_path / "run" / "corrupt_images.txt").read_text().split()
+    assert listed == ["class0/truncated.jpg", "class1/no_image.jpg"]
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(photos, tmp_path, capsys):
+    args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 4, "-j", 0, "--data-dir", photos]
+    args = [str(arg) for arg in (*args, "--device", "cpu", "--steps", 1, "--output", tmp_path)]
+    main(args)
+    with pytest.raises(SystemExit, match="holds a run: add --resume"):
+        main(args)
+    with pytest.raises(SystemExit, match="made with batch_size 4, not 2"):
+        main([*args, "--resume", "-b", "2"])
+    with pytest.raises(SystemExit, match=r"can't resume from .*nowhere.pt"):
+        main([*args, "--resume", str(tmp_path / "nowhere.pt")])
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="not a state file"):
+        main([*args, "--resume", str(tmp_path / "other.pt")])
+
+
+def test_resume_takes_the_rate_of_now(photos, tmp_path):
+    args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 4, "-j", 0, "--data-dir", photos]
+    args = [
+        str(arg)
+        for arg in (*args, "--device", "cpu", "--sched", "constant", "--warmup-epochs", 0, "--output", tmp_path)
+    ]
+    main([*args, "--steps", "1", "--lr", "0.1"])
+    main([*args, "--steps", "2", "--lr", "0.01", "--resume"])
+    groups = load_state(tmp_path / "last.state.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [0.01, 0.01]

@@ -1,0 +1,68 @@
+"""Real runs of scripts/train.py, for the tests that start, stop and kill them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def photo_folder(root: Path) -> Path:
+    """Twenty real photos (foolbox) as an image folder of two classes that serves as both splits."""
+    photos = sorted((Path(find_spec("foolbox").origin).parent / "data").glob("imagenet_*.jpg"))
+    assert len(photos) == 20
+    for i, photo in enumerate(photos):
+        for split in ("train", "val"):
+            target = root / split / f"class{i % 2}" / photo.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(photo)
+    return root
+
+
+def command(*args: object, processes: int = 1) -> list[str]:
+    """The command line of a run, under torchrun where it has several processes."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, str(SCRIPTS / "train.py"), *map(str, args)]
+
+
+def run(*args: object, processes: int = 1, expect: int = 0) -> str:
+    """Run to the end and return what it printed, after checking its exit code."""
+    done = subprocess.run(
+        command(*args, processes=processes),
+        env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout
+    return done.stdout
+
+
+def run_until(line: str, signum: int, *args: object, processes: int = 1) -> tuple[int, str]:
+    """Start a run, send it a signal when it prints ``line``; returns the exit code and the output."""
+    process = subprocess.Popen(
+        command(*args, processes=processes),
+        env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    output = []
+    for text in process.stdout:
+        output.append(text)
+        if line in text:
+            process.send_signal(signum)
+            break
+    output.append(process.stdout.read())
+    return process.wait(timeout=60), "".join(output)
+
+
+def assert_same_weights(one: Path, other: Path, names: Iterable[str] = ("last", "last_ema")) -> None:
+    """Check that the weights of two runs are equal to the last bit."""
+    for name in names:
+        first, second = (load_file(output / f"{name}.safetensors") for output in (one, other))
+        assert first.keys() == second.keys()
+        different = [key for key in first if not first[key].equal(second[key])]
+        assert not different, f"{name}: {different[:5]}"
