@@ -126,18 +126,28 @@ def draw_picture(photo: Tensor, weight: Tensor, path: Path) -> None:
         photo: (3, H, W), values in [0, 1].
         weight: Trained kernels (Cout, Cin, kh, kw).
         path: The .png to write.
-    """
-    import matplotlib
 
+    Raises:
+        ImportError: matplotlib is not installed; says how to.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "the demo's picture needs matplotlib: run `make demo`, or `pip install matplotlib`"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=(15, 7.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, hspace=0.04)
 
-    upper.suptitle("FBM: the frequency bands of a photo; all but the lowest are gated place by place", fontsize=15)
+    upper.suptitle(
+        "FBM: frequency bands of a photo, f = max(|fx|, |fy|) in cycles/pixel; a map gates each but the lowest",
+        fontsize=15,
+    )
     limits = [f"1/{round(1 / cutoff)}" for cutoff in CUTOFFS]
-    ranges = [f"|f| ≥ {limits[0]}", *(f"{low} ≤ |f| < {high}" for high, low in pairwise(limits)), f"|f| < {limits[-1]}"]
+    ranges = [f"f ≥ {limits[0]}", *(f"{low} ≤ f < {high}" for high, low in pairwise(limits)), f"f < {limits[-1]}"]
     layers = [photo, *(low_pass(photo, cutoff) for cutoff in CUTOFFS)]
     panels = [("photo", photo)]
     for number, (above, below) in enumerate(pairwise(layers)):

@@ -100,16 +100,16 @@ def describe_misfits(state_dict: dict[str, Tensor], model: nn.Module) -> str:
     own = model.state_dict()
     kinds = {
         # checkpoints from before torch 0.4.1 have no num_batches_tracked
-        "missing": [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in state_dict if key not in own],
-        "of another shape": [
+        "missing keys": [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")],
+        "unexpected keys": [key for key in state_dict if key not in own],
+        "other shapes": [
             f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
             for key in own
             if key in state_dict and state_dict[key].shape != own[key].shape
         ],
     }
     return "; ".join(
-        f"{len(keys)} {kind}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
         for kind, keys in kinds.items()
         if keys
     )
@@ -126,5 +126,5 @@ def load_checkpoint(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         state_dict = convert_static_state_dict(state_dict, model)
         misfits = describe_misfits(state_dict, model)
     if misfits:
-        raise ValueError(f"the checkpoint does not fit, keys {misfits}")
+        raise ValueError(f"the checkpoint does not fit: {misfits}")
     model.load_state_dict(state_dict, strict=False)

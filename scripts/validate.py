@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,27 @@ def build_dataset(args: argparse.Namespace, model: nn.Module) -> Dataset:
     """
     if args.demo:
         return create_photo_dataset()
-    options = {
-        "root": args.data_dir,
-        "split": args.split,
-        "download": args.dataset_download,
-        "batch_size": args.batch_size,
-        "input_key": args.input_key,
-        "target_key": args.target_key,
-    }
-    dataset = create_dataset(args.dataset, class_map=args.class_map, **options)
+    create = partial(
+        create_dataset,
+        args.dataset,
+        root=args.data_dir,
+        split=args.split,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_key=args.input_key,
+        target_key=args.target_key,
+    )
+    dataset = create(class_map=args.class_map)
     reader = getattr(dataset, "reader", None)
-    labels = getattr(reader or dataset, "class_to_idx", None)
+    if args.class_map and reader is None:
+        raise ValueError("torch/ datasets take no --class-map")
+    # the reader of tar files has another name for it
+    labels = getattr(reader or dataset, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     subset = infer_imagenet_subset(model)
     if reader and labels and subset and not args.class_map:
         synsets = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
         if labels.keys() <= synsets.keys():
-            return create_dataset(args.dataset, class_map=synsets, **options)
+            return create(class_map=synsets)
     if labels and max(labels.values()) >= model.num_classes:
         raise ValueError(
             f"{len(labels)} classes in the data, {model.num_classes} outputs of the model: "
@@ -194,7 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.results_file:
             write_results(args.results_file, rows)
     if args.demo:
-        print(report_photos(Path("outputs/demo")))
+        try:
+            print(report_photos(Path("outputs/demo")))
+        except ImportError as error:
+            raise fail(error) from error
 
 
 if __name__ == "__main__":

