@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from fdconv_zoo.cost import count_macs, count_parameters
+from fdconv_zoo.layers.fdconv import FDConv2d
+from fdconv_zoo.layers.fdw import FDW
 
 
 class Transform(nn.Module):
@@ -43,13 +45,34 @@ def test_convolutions_and_linears_are_counted_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "gmacs", "mparams"),
-    # timm's results/model_metadata-in1k.csv
+    # timm's results/benchmark-infer-amp-nchw-pt113-cu117-rtx3090.csv
     [("resnet50", 4.11, 25.56), ("mobilenetv2_100", 0.31, 3.50), ("swin_tiny_patch4_window7_224", 4.51, 28.29)],
 )
 def test_static_models_agree_with_published_figures(name, gmacs, mparams):
     model = timm.create_model(name)
     assert count_macs(model, (3, 224, 224)) / 1e9 == pytest.approx(gmacs, rel=0.04 if gmacs < 1 else 0.006)
     assert count_parameters(model) / 1e6 == pytest.approx(mparams, abs=0.006)
+
+
+def test_the_transforms_of_fdw_are_counted_by_hand():
+    class Synthesis(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fdw = FDW(rows=96, columns=80, num_bands=16)
+
+        def forward(self, x):
+            return self.fdw(x.new_ones(1, 16))
+
+    flops = 41 * 5 * 96 * math.log2(96) + 96 * 5 * 80 * math.log2(80) / 2
+    assert count_macs(Synthesis(), (3, 8, 8)) == pytest.approx(flops / 2, abs=1)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_fdconv_costs_a_little_more_than_the_convolution(kernel_size):
+    conv = nn.Conv2d(64, 128, kernel_size, padding="same")
+    static = count_macs(conv, (64, 28, 28))
+    assert static == 28 * 28 * 64 * 128 * kernel_size**2
+    assert static < count_macs(FDConv2d.from_conv(conv), (64, 28, 28)) < 1.15 * static
 
 
 def test_the_model_is_left_as_it_was():
