@@ -62,7 +62,7 @@ def render(entries: Iterable[Source]) -> str:
     return f'{{"sources": [\n{lines}\n]}}\n'
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hub.manifest",
         description="Write fdconv_zoo/pretrained_manifest.json from timm's registry; what is known of a file is kept.",
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PATH, help="file to update (default: the package's)")
     parser.add_argument("--ask-hub", action="store_true", help="ask the Hub for commit, size and sha256 of every file")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is out of date")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     entries = sources(read(args.output) if args.output.exists() else [])
     if args.ask_hub:

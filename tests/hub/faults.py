@@ -236,8 +236,8 @@ def measure(fault: Fault, folder: Path) -> tuple[str, str]:
         return first, second
 
 
-def row(fault: Fault, first: str, second: str) -> str:
-    return f"| {fault.name} | {first} | {second} |"
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def table(rows: list[str]) -> str:
@@ -252,7 +252,7 @@ def main() -> None:
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
-            rows.append(row(fault, *measure(fault, Path(folder))))
+            rows.append(row(fault.name, *measure(fault, Path(folder))))
             print(f"{rows[-1]} {time.monotonic() - start:.1f} s", flush=True)
     if args.write:
         text = README.read_text(encoding="utf-8")

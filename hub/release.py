@@ -1,0 +1,134 @@
+"""What is published: a model with its weights and the facts that its card tells."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from safetensors import safe_open
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from torch import nn
+
+from fdconv_zoo.download import check_safetensors
+
+WEIGHT_FILES = tuple(f"{name}{suffix}" for name in ("model_best", "last") for suffix in (".safetensors", ".pth.tar"))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A model and its facts.
+
+    Attributes:
+        model: The model, weights loaded.
+        name: Its timm name, with the tag if the weights are the tag's own.
+        data_config: Preprocessing the weights were made for, as timm names it.
+        trained: Whether the weights come from a run here, as opposed to a tag.
+        base_model: Repository of the weights it started from, if any.
+        license: Licence identifier, if known.
+        datasets: Data sets of the training.
+        results: Metrics in percent by name.
+        recipe: Options of the training worth telling.
+    """
+
+    model: nn.Module
+    name: str
+    data_config: dict[str, Any]
+    trained: bool
+    base_model: str | None = None
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
+    results: dict[str, float] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPE_KEYS = ("epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "pretrained", "seed")
+
+
+def read_run(folder: Path, file: str | None) -> Release:
+    """The model of a run of scripts/train.py.
+
+    Args:
+        folder: The run's directory, with args.yaml.
+        file: Name of the weight file; None takes the best, else the last.
+
+    Raises:
+        ValueError: The directory or the weights are not what they should be.
+    """
+    arguments = folder / "args.yaml"
+    if not arguments.exists():
+        raise ValueError(f"{folder} is no directory of scripts/train.py: it has no args.yaml")
+    options = yaml.safe_load(arguments.read_text(encoding="utf-8"))
+    names = [name for name in ((file,) if file else WEIGHT_FILES) if (folder / name).exists()]
+    if not names:
+        raise ValueError(f"{folder} has none of {', '.join((file,) if file else WEIGHT_FILES)}")
+    path = folder / names[0]
+    arguments = {"num_classes": options.get("num_classes"), "in_chans": options.get("in_chans")}
+    release = read_weights(path, options["model"], **arguments, **(options.get("model_kwargs") or {}))
+    dataset = (options.get("dataset") or "").partition("/")[2]
+    return replace(
+        release,
+        data_config=resolve_data_config(options, model=release.model),
+        base_model=release.base_model if options.get("pretrained") else None,
+        license=release.license if options.get("pretrained") else None,
+        datasets=(dataset,) if dataset else (),
+        results=read_results(folder / "summary.csv", path),
+        recipe={key: options[key] for key in RECIPE_KEYS if options.get(key) is not None},
+    )
+
+
+def read_results(summary: Path, weights: Path) -> dict[str, float]:
+    """Accuracy of a weight file, from the row of summary.csv of the epoch that its header names; empty if unknown."""
+    if weights.suffix != ".safetensors" or not summary.exists():
+        return {}
+    with safe_open(weights, "pt") as file:
+        epoch = (file.metadata() or {}).get("epoch")
+    with summary.open(newline="", encoding="utf-8") as file:
+        row = next((row for row in csv.DictReader(file) if row["epoch"] == epoch), {})
+    averaged = "eval_ema_top1" in row and weights.stem != "last"
+    prefix = "eval_ema_" if averaged else "eval_"
+    return {name: float(row[prefix + name]) for name in ("top1", "top5") if prefix + name in row}
+
+
+def read_weights(path: Path, name: str, **model_args: Any) -> Release:
+    """A model of the registry with weights from a local file; other than .safetensors only with `weights_only`.
+
+    Raises:
+        ValueError: The weights do not fit the model.
+    """
+    if path.suffix == ".safetensors":
+        check_safetensors(path)
+    model = timm.create_model(name, **model_args)
+    try:
+        model.load_state_dict(load_state_dict(str(path)))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {name}: {error}") from error
+    cfg = model.pretrained_cfg
+    return Release(
+        model.eval(),
+        name=cfg["architecture"],
+        data_config=resolve_data_config(model=model),
+        trained=True,
+        base_model=cfg.get("hf_hub_id"),
+        license=cfg.get("license"),
+    )
+
+
+def read_tag(name: str) -> Release:
+    """A model of the registry with the weights of its tag, downloaded and verified."""
+    model = timm.create_model(name, pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    tag = cfg.get("tag") or ""
+    return Release(
+        model,
+        name=f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
+        data_config=resolve_data_config(model=model),
+        trained=False,
+        base_model=cfg.get("hf_hub_id"),
+        license=cfg.get("license"),
+        datasets=("imagenet-1k",) if "in1k" in tag else (),
+    )
