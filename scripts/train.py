@@ -44,6 +44,8 @@ def create_task(args: argparse.Namespace, device: torch.device) -> Classificatio
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.sync_bn:
+        if device.type != "cuda":
+            raise ValueError(f"--sync-bn works on cuda only, not on {device.type}")
         model = convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     loss = {

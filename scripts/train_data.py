@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ def create_datasets(args: argparse.Namespace, num_classes: int, input_size: tupl
         sizes = IMAGENET_IMAGES, val_batch_size
         return [FakeData(size, input_size, num_classes, random_offset=args.seed) for size in sizes]
 
+    if not args.dataset and not Path(args.data_dir).exists():
+        raise ValueError(f"there is no data directory {args.data_dir}")
     create = partial(
         timm.data.create_dataset,
         args.dataset,
@@ -56,7 +59,7 @@ def create_datasets(args: argparse.Namespace, num_classes: int, input_size: tupl
             split=args.train_split, is_training=True, batch_size=args.batch_size, num_samples=args.train_num_samples
         )
         val = create(split=args.val_split, batch_size=val_batch_size, num_samples=args.val_num_samples)
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"can't open data set {args.dataset!r} in {args.data_dir}: {error}") from error
     labels = getattr(getattr(train, "reader", train), "class_to_idx", None) or {}
     if labels and max(labels.values()) >= num_classes:

@@ -108,7 +108,7 @@ def test_two_processes_have_the_gradient_of_one_on_the_same_global_batch(photos,
 
 @pytest.mark.slow
 def test_two_processes_killed_resume_to_the_same_weights(photos, tmp_path):
-    args = [*RECIPE, "--data-dir", photos, "-j", 1, "--save-every-steps", 2, "--sync-bn"]
+    args = [*RECIPE, "--data-dir", photos, "-j", 1, "--save-every-steps", 2]
     run(*args, "--output", tmp_path / "whole", processes=2)
     code, _ = run_until("update 5/", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
     assert code != 0

@@ -13,11 +13,16 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def photos() -> list[Path]:
+    """The twenty ImageNet photos that the foolbox wheel brings."""
+    found = sorted((Path(find_spec("foolbox").origin).parent / "data").glob("imagenet_*.jpg"))
+    assert len(found) == 20
+    return found
+
+
 def photo_folder(root: Path) -> Path:
-    """Twenty real photos (foolbox) as an image folder of two classes that serves as both splits."""
-    photos = sorted((Path(find_spec("foolbox").origin).parent / "data").glob("imagenet_*.jpg"))
-    assert len(photos) == 20
-    for i, photo in enumerate(photos):
+    """The photos as an image folder of two classes that serves as both splits."""
+    for i, photo in enumerate(photos()):
         for split in ("train", "val"):
             target = root / split / f"class{i % 2}" / photo.name
             target.parent.mkdir(parents=True, exist_ok=True)
