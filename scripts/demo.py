@@ -109,13 +109,18 @@ def describe_predictions(reader: PhotoReader, logits: dict[str, Tensor]) -> str:
         logits: Of each model, (photos, classes).
     """
     labels = [description.split(",")[0] for description in ImageNetInfo().label_descriptions()]
-    lines = [f"{'photo':<20}  {'label':<15}" + "".join(f"  {name:<24}" for name in logits)]
+    truths = torch.tensor(reader.labels)
+    lines = [(f"{'photo':<20}  {'label':<15}" + "".join(f"  {name:<24}" for name in logits)).rstrip()]
     for number, (path, truth) in enumerate(zip(reader.paths, reader.labels, strict=True)):
         line = f"{path.name:<20}  {labels[truth]:<15}"
         for predicted in (table[number].argmax().item() for table in logits.values()):
             line += f"  {'ok ' if predicted == truth else 'not'} {labels[predicted]:<20}"
         lines.append(line.rstrip())
-    return "\n".join(lines)
+    line = f"{'right':<37}"
+    for table in logits.values():
+        hits1, hits5 = ((table.topk(k).indices == truths[:, None]).any(1).sum() for k in (1, 5))
+        line += f"  {f'top-1 {hits1}/{len(truths)}, top-5 {hits5}/{len(truths)}':<24}"
+    return "\n".join([*lines, line.rstrip()])
 
 
 @torch.no_grad()
@@ -164,8 +169,11 @@ def draw_picture(photo: Tensor, weight: Tensor, path: Path) -> None:
     matrix = weight_to_matrix(weight)
     fdw = FDW(*matrix.shape)
     fdw.set_matrix(matrix)
-    lower.suptitle(f"FDW: frequency response of five of the {fdw.num_bands} groups of MobileNetV2's trained 3x3 stem; "
-                   "a gain scales each", fontsize=15)  # fmt: skip
+    lower.suptitle(
+        "FDW made from MobileNetV2's trained 3x3 stem: frequency response of five of "
+        f"{fdw.num_bands} groups; a gain scales each",
+        fontsize=15,
+    )
     axes = lower.subplots(1, len(panels))
     for axis, group in zip(axes, torch.linspace(0, fdw.num_bands - 1, len(axes)).round().int().tolist(), strict=True):
         kernels = matrix_to_weight(fdw.group_matrix(group), weight.shape[2:])

@@ -39,6 +39,7 @@ def test_the_demo_prints_both_models_and_draws_the_picture(tmp_path):
     photos = [line for line in lines if line.startswith("imagenet_")]
     assert len(photos) == 20
     assert sum(line.count(" ok ") for line in photos) == 36
+    assert next(line for line in lines if line.startswith("right")).count("top-1 18/20, top-5 20/20") == 2
     assert len((tmp_path / "demo.csv").read_text().splitlines()) == 3
     (picture,) = (tmp_path / "outputs" / "demo").iterdir()
     with Image.open(picture) as image:

@@ -223,6 +223,14 @@ def test_no_pretrained_weights_without_the_hub(validate, photos, name, tmp_path,
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
+def test_refused_connections_end_in_one_line_too(photos, tmp_path):
+    done = run(photos, "--model", STATIC, *QUICK, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"validate.py: error: {STATIC}: no pretrained weights: ")
+    assert done.stderr.count("\n") == 1
+
+
 def error_of(validate, *argv):
     """The line that a run ends with."""
     with pytest.raises(SystemExit) as stop:
