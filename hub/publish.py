@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import safetensors
+import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
@@ -50,8 +51,7 @@ def read_release(args: argparse.Namespace) -> Release:
             raise ValueError(f"{path} is refused: a lone file must be .safetensors, no pickle")
         if not args.model:
             raise ValueError(f"name the model of {path} with --model")
-        model_args = {"num_classes": args.num_classes} if args.num_classes else {}
-        release = replace(read_weights(path, args.model, **model_args), base_model=None, license=None)
+        release = replace(read_weights(path, args.model, **args.model_kwargs), base_model=None, license=None)
     else:
         release = read_tag(args.source)
     release = replace(
@@ -157,7 +157,14 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("source", help="directory of scripts/train.py, .safetensors file, or model name")
     what.add_argument("--weights", help="file in the directory (default: model_best, else last)")
     what.add_argument("--model", help="model name of a lone .safetensors file")
-    what.add_argument("--num-classes", type=int, help="classes of a lone .safetensors file")
+    what.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=timm.utils.ParseKwargs,
+        metavar="NAME=VALUE",
+        help="arguments of that model, such as num_classes=102",
+    )
     where = parser.add_argument_group("where to")
     where.add_argument("--repo", required=True, help="owner/name; created if need be")
     where.add_argument("--private", action="store_true", help="create it private")

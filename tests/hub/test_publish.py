@@ -130,7 +130,8 @@ class TestOtherSources:
         path.write_bytes(weights())
         arguments = [str(path), "--repo", "me/tiny", "--license", "mit", "--dataset", "mine"]
         assert "--model" in fails(capsys, *arguments)
-        publish.main([*arguments, "--model", "tiny_resnet"])
+        publish.main([*arguments, "--model", "tiny_resnet", "--model-kwargs", "stem_width=64", "num_classes=10"])
+        assert json.loads(published(hub, "me/tiny")["config.json"])["model_args"]["stem_width"] == 64
         assert "base_model" not in published(hub, "me/tiny")["README.md"].decode()
 
     def test_lone_pickle_is_refused(self, hub, tmp_path, capsys):
