@@ -1,5 +1,29 @@
-"""Frequency Dynamic Convolution (FDConv, CVPR 2025) for timm."""
+"""Frequency Dynamic Convolution (FDConv, CVPR 2025) for timm: importing this package registers its models."""
 
+from . import fdconv_convnext, fdconv_mobilenet, fdconv_resnet, fdconv_swin
+from .convert import (
+    convert_official_state_dict,
+    convert_static_state_dict,
+    convert_to_fdconv,
+    summary,
+)
+from .default_cfgs import static_twin
+from .layers import FDConv2d, FDLinear
+from .pretrained import PretrainedError
 from .version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "FDConv2d",
+    "FDLinear",
+    "PretrainedError",
+    "__version__",
+    "convert_official_state_dict",
+    "convert_static_state_dict",
+    "convert_to_fdconv",
+    "fdconv_convnext",
+    "fdconv_mobilenet",
+    "fdconv_resnet",
+    "fdconv_swin",
+    "static_twin",
+    "summary",
+]

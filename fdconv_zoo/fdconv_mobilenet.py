@@ -1,0 +1,86 @@
+"""MobileNetV2 with FDConv in place of its pointwise convolutions of more than 16 channels.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783
+MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018, https://arxiv.org/abs/1801.04381
+"""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
+from torch import Tensor, nn
+
+from .build import build_fdconv
+from .convert import convert_to_fdconv, filter_pretrained
+from .default_cfgs import converted_cfgs
+
+
+class FDConvMobileNet(EfficientNet):
+    """timm's EfficientNet, which its MobileNets are, converted.
+
+    Args:
+        *args: As for timm's EfficientNet.
+        num_bands: Frequency groups of the FDW.
+        reduction: Ratio of KSM's hidden to input channels.
+        mask_grid: None, or 64 for weights trained with the official code.
+        ksm: False leaves out the gates of KSM.
+        recompute: Makes the samples' weights again in the backward pass instead of keeping them.
+        **kwargs: As for timm's EfficientNet.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_bands: int = 64,
+        reduction: float = 1 / 16,
+        mask_grid: int | None = None,
+        ksm: bool = True,
+        recompute: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        convert_to_fdconv(
+            self,
+            include=lambda name, module: isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1),
+            num_bands=num_bands,
+            reduction=reduction,
+            mask_grid=mask_grid,
+            ksm=ksm,
+            recompute=recompute,
+        )
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Moves a static MobileNet's weights into the Fourier domain; FDConv weights stay as they are."""
+    return filter_pretrained(state_dict, model)
+
+
+def _create_fdconv_mobilenet(variant: str, pretrained: bool = False, **kwargs: Any) -> FDConvMobileNet:
+    return build_fdconv(
+        FDConvMobileNet,
+        variant,
+        pretrained,
+        checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(converted_cfgs("mobilenetv2_100", "mobilenetv2_100_fdconv", default="ra_in1k"))
+
+
+@register_model
+def mobilenetv2_100_fdconv(pretrained: bool = False, **kwargs: Any) -> FDConvMobileNet:
+    """MobileNetV2 1.0 with FDConv."""
+    blocks = [
+        ["ds_r1_k3_s1_c16"],
+        ["ir_r2_k3_s2_e6_c24"],
+        ["ir_r3_k3_s2_e6_c32"],
+        ["ir_r4_k3_s2_e6_c64"],
+        ["ir_r3_k3_s1_e6_c96"],
+        ["ir_r3_k3_s2_e6_c160"],
+        ["ir_r1_k3_s1_e6_c320"],
+    ]
+    model_args = dict(block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, act_layer=nn.ReLU6)
+    return _create_fdconv_mobilenet("mobilenetv2_100_fdconv", pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,177 @@
+"""Frequency Band Modulation (FBM): each frequency band of the input gets a gate of its own at every place.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.3)
+
+What differs from the official code:
+- The band masks are those of the paper at any map size. The official ones are made once on a 64x64 grid, lose 1/4 to
+  rounding and are stretched to the map; `mask_grid=64` asks for exactly that.
+- A band limit is a box in frequency, so it is separable: low(x) = U U^T x V V^T with U, V the real Fourier basis of the
+  kept frequencies. Small matrix products and no FFT, in any size; the bases of lower cutoffs are the first columns.
+- One 3x3 convolution makes the gates of all bands.
+"""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
+    """Raises a ValueError unless the cutoffs fall from at most 0.5 to above 0 cycles per pixel."""
+    descending = all(a > b for a, b in pairwise(cutoffs))
+    if not cutoffs or not descending or cutoffs[0] > 0.5 or cutoffs[-1] <= 0:
+        raise ValueError(
+            f"cutoffs={tuple(cutoffs)}, but they must fall strictly, within 0.5 >= cutoff > 0 cycles per pixel"
+        )
+
+
+def num_kept(size: int, numerator: int, denominator: int) -> int:
+    """Real basis functions with |f| < numerator/denominator on an axis of `size` pixels, in integers only."""
+    return 2 * ((numerator * size + denominator - 1) // denominator) - 1
+
+
+def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """First `count` real Fourier basis functions: constant, cos 1, sin 1, cos 2, sin 2, ...
+
+    Args:
+        size: Pixels of the axis.
+        count: Odd number of functions, at most `size`.
+        device: Device of the result.
+        dtype: Dtype of the result.
+
+    Returns:
+        Orthonormal columns (size, count).
+    """
+    column = torch.arange(count, device=device)
+    frequency = (column + 1) // 2
+    # Whole turns are dropped in integers, where they cost no precision.
+    turns = (torch.arange(size, device=device)[:, None] * frequency) % size
+    is_sine = (column % 2 == 0) & (column > 0)
+    angle = turns.to(dtype) * (2 * math.pi / size) - is_sine.to(dtype) * (math.pi / 2)
+    norm = ((2 - (column == 0).to(dtype)) / size).sqrt()
+    return torch.cos(angle) * norm
+
+
+def low_pass(x: Tensor, cutoff: float) -> Tensor:
+    """Keeps the frequencies of maps (..., H, W) with max(|fu|, |fv|) < cutoff cycles per pixel."""
+    fraction = Fraction(cutoff).limit_denominator(65536)
+    bases = [
+        fourier_basis(n, num_kept(n, fraction.numerator, fraction.denominator), x.device, x.dtype) for n in x.shape[-2:]
+    ]
+    return bases[0] @ (bases[0].mT @ x @ bases[1]) @ bases[1].mT
+
+
+def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
+    """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first."""
+    batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    rows = fourier_basis(height, num_kept(height, cutoffs[0][0], cutoffs[0][1]), x.device, x.dtype)
+    columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]), x.device, x.dtype)
+    # Batched products of 3-D tensors: torch.matmul would copy the basis for every channel.
+    maps = x.reshape(batch * channels, height, width)
+    analysis = torch.matmul(maps, columns).transpose(1, 2).matmul(rows).transpose(1, 2)
+    outputs: list[Tensor] = []
+    for numerator, denominator in cutoffs:
+        h, w = num_kept(height, numerator, denominator), num_kept(width, numerator, denominator)
+        half = torch.matmul(analysis[:, :h, :w], columns[:, :w].t())
+        low = half.transpose(1, 2).matmul(rows[:, :h].t()).transpose(1, 2)
+        outputs.append(low.view(batch, channels, height, width))
+    return outputs
+
+
+def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
+    """As :func:`low_passes`, with the official masks: a square grid, rounded in float32, stretched to the map."""
+    height, width = x.shape[2], x.shape[3]
+    spectrum = torch.fft.rfft2(x)
+    half_width = width // 2 + 1
+    # Nearest-neighbour indices with the float32 rounding of F.interpolate.
+    u = (torch.arange(height, device=x.device, dtype=torch.float32) * (mask_grid / height)).floor()
+    v = (torch.arange(half_width, device=x.device, dtype=torch.float32) * ((mask_grid // 2 + 1) / half_width)).floor()
+    vertical = torch.where(u < (mask_grid + 1) // 2, u, mask_grid - u) / mask_grid
+    horizontal = v / mask_grid
+    radius = torch.maximum(vertical[:, None], horizontal[None, :])
+    outputs: list[Tensor] = []
+    for numerator, denominator in cutoffs:
+        limit = torch.full((), numerator / denominator + 1e-8, dtype=torch.float32, device=x.device)
+        outputs.append(torch.fft.irfft2(spectrum * (radius < limit), s=[height, width]))
+    return outputs
+
+
+def modulate_bands(
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
+) -> Tensor:
+    """Gates the frequency bands of a feature map place by place (Eq. 8-10).
+
+    Args:
+        x: Feature map (B, C, H, W), any floating dtype; filtered in float32 at least.
+        weight: Gate convolution (bands, C, 3, 3).
+        bias: Its bias (bands,).
+        cutoffs: Band limits as (numerator, denominator), widest first. The band below the last is left as it is.
+        mask_grid: None, or the side of the official mask grid.
+
+    Returns:
+        Modulated map (B, C, H, W), dtype of `x`.
+    """
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    gates = 2 * torch.sigmoid(F.conv2d(exact, weight.to(exact.dtype), bias.to(exact.dtype), padding=1))
+    if mask_grid is None:
+        lows = low_passes(exact, cutoffs)
+    else:
+        lows = grid_low_passes(exact, cutoffs, mask_grid)
+    # sum_i A_i (low_{i-1} - low_i) + low_last, with one product for each low-pass instead of two.
+    bands = gates.shape[1]
+    modulated = gates[:, :1] * exact
+    for i, low in enumerate(lows):
+        above = gates[:, i : i + 1]
+        below = gates[:, i + 1 : i + 2] if i + 1 < bands else torch.ones_like(above)
+        modulated = torch.addcmul(modulated, below - above, low)
+    return modulated.to(x.dtype)
+
+
+class FBM(nn.Module):
+    """Frequency Band Modulation.
+
+    Args:
+        channels: Channels C of the feature map.
+        cutoffs: Band limits in cycles per pixel, falling.
+        mask_grid: None for the paper's masks, 64 for those of checkpoints trained with the official code.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If the cutoffs do not fall strictly within (0, 0.5], or `mask_grid` is below 2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        cutoffs: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16),
+        mask_grid: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_cutoffs(cutoffs)
+        if mask_grid is not None and mask_grid < 2:
+            raise ValueError(f"mask_grid={mask_grid}, but it must be None or at least 2")
+        fractions = [Fraction(c).limit_denominator(65536) for c in cutoffs]
+        self.cutoffs = [(f.numerator, f.denominator) for f in fractions]
+        self.mask_grid = mask_grid
+        self.weight = nn.Parameter(torch.empty(len(cutoffs), channels, 3, 3, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(len(cutoffs), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros: every gate starts at exactly 1."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Modulated feature map, shape and dtype of x (B, C, H, W)."""
+        return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+
+    def extra_repr(self) -> str:
+        limits = ", ".join(f"{n}/{d}" for n, d in self.cutoffs)
+        return f"channels={self.weight.shape[1]}, cutoffs=({limits}), mask_grid={self.mask_grid}"

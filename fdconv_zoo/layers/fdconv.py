@@ -1,0 +1,360 @@
+"""FDConv2d and FDLinear: frequency dynamic convolution in place of nn.Conv2d and nn.Linear.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783
+
+FDW makes a weight for each sample, KSM gates its elements, FBM gates the frequency bands of the input. A layer made
+from a static one computes the same function until it is trained.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models.metaformer import StarReLU
+from torch import Tensor, nn
+
+from .fbm import FBM
+from .fdw import FDW, matrix_to_weight, weight_to_matrix
+from .functional import autocast_dtype, chunked_conv2d, dynamic_conv2d, without_autocast
+from .ksm import KSM
+
+
+def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Zeros (left, right, top, bottom) that keep the map's size at stride 1, as nn.Conv2d(padding="same")."""
+    vertical, horizontal = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
+    return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
+
+
+class _FDLayer(nn.Module):
+    """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        bias: bool,
+        num_bands: int,
+        reduction: float,
+        cutoffs: tuple[float, ...],
+        mask_grid: int | None,
+        ksm: bool,
+        fbm: bool,
+        norm_layer: Callable[..., nn.Module],
+        act_layer: Callable[..., nn.Module],
+        recompute: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.kernel_shape = kernel_size
+        self.recompute = recompute
+        factory = {"device": device, "dtype": dtype}
+        rows, columns = out_channels * kernel_size[0], in_channels * kernel_size[1]
+        self.fdw = FDW(rows, columns, num_bands, official_order=mask_grid is not None, **factory)
+        self.ksm = KSM(
+            in_channels, out_channels, kernel_size, num_bands, reduction, ksm, norm_layer, act_layer, **factory
+        )
+        has_bands = fbm and kernel_size != (1, 1)
+        self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
+        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises the static weight and the bias as nn.Conv2d and nn.Linear do, and every gate at 1."""
+        matrix = torch.empty(self.fdw.rows, self.fdw.columns, device=self.fdw.spectrum.device)
+        bound = (self.fdw.columns * self.kernel_shape[0]) ** -0.5
+        self.fdw.set_matrix(matrix.uniform_(-bound, bound))
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound)
+        self.reset_modulation()
+
+    @torch.jit.ignore
+    def reset_modulation(self) -> None:
+        """Sets every gate back to 1: the layer computes its static weight's function again."""
+        self.ksm.reset_parameters()
+        if self.fbm is not None:
+            self.fbm.reset_parameters()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1."""
+        self.fdw.set_matrix(weight if weight.dim() == 2 else weight_to_matrix(weight))
+        if self.bias is not None:
+            self.bias.copy_(bias)
+        self.reset_modulation()
+
+    @property
+    def static_shape(self) -> tuple[int, int, int, int]:
+        """Shape (Cout, Cin, kh, kw) of the static weight, kh = kw = 1 for a linear layer."""
+        kh, kw = self.kernel_shape
+        return self.fdw.rows // kh, self.fdw.columns // kw, kh, kw
+
+    @torch.no_grad()
+    def _copy_static_to(self, twin: nn.Module, weight: Tensor) -> Any:
+        twin.weight.copy_(weight).requires_grad_(self.fdw.spectrum.requires_grad)
+        if self.bias is not None:
+            twin.bias.copy_(self.bias)
+        return twin.train(self.training)
+
+    def _forward_map(
+        self,
+        x: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+        channels_last: bool,
+    ) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._convolve(x, stride, padding, dilation, channels_last)
+        else:
+            dtype = autocast_dtype(x)
+            with without_autocast(x.device.type):
+                return self._convolve(x.to(dtype), stride, padding, dilation, channels_last)
+
+    def _convolve(
+        self,
+        x: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+        channels_last: bool,
+    ) -> Tensor:
+        spectrum = self.fdw.exact_spectrum()
+        gates, local_input = self.ksm(x.mean([2, 3], dtype=spectrum.dtype))
+        bands = gates[0].to(spectrum.dtype)
+        channel = gates[1] if len(gates) > 1 else None
+        filter = gates[2] if len(gates) > 2 else None
+        position = gates[3] if len(gates) > 3 else None
+        local_weight = self.ksm.local_conv.weight if self.ksm.local_conv is not None else None
+        fbm_weight = self.fbm.weight if self.fbm is not None else None
+        fbm_bias = self.fbm.bias if self.fbm is not None else None
+        cutoffs = self.fbm.cutoffs if self.fbm is not None else [(1, 4)]
+        mask_grid = self.fbm.mask_grid if self.fbm is not None else None
+        index = self.fdw.gain_index
+        kernel = self.kernel_shape
+        if torch.jit.is_scripting():
+            out = dynamic_conv2d(
+                x, bands, channel, filter, position, local_input, spectrum, None, local_weight, fbm_weight, fbm_bias,
+                index, kernel, stride, padding, dilation, cutoffs, mask_grid, False, channels_last,
+            )  # fmt: skip
+        else:
+            out = chunked_conv2d(
+                x, bands, channel, filter, position, local_input, spectrum, local_weight, fbm_weight, fbm_bias,
+                index, kernel, stride, padding, dilation, cutoffs, mask_grid, channels_last, self.recompute,
+            )  # fmt: skip
+        bias = self.bias
+        return out if bias is None else out + bias.to(out.dtype)[:, None, None]
+
+
+class FDConv2d(_FDLayer):
+    """Frequency dynamic convolution, in place of nn.Conv2d.
+
+    Args:
+        in_channels: Input channels Cin.
+        out_channels: Filters Cout.
+        kernel_size: Height and width, or one number for both.
+        stride: Vertical and horizontal stride, or one number for both.
+        padding: Zeros above/below and left/right, one number for both, "same" or "valid".
+        dilation: Vertical and horizontal dilation, or one number for both.
+        groups: Only 1 is possible.
+        bias: Adds a learnt bias.
+        num_bands: Frequency groups n of the FDW.
+        reduction: Ratio of KSM's hidden channels to Cin; at least 16 are kept.
+        cutoffs: FBM's band limits in cycles per pixel, falling. Used where the kernel is larger than 1.
+        mask_grid: None for the paper's band masks; 64 for checkpoints trained with the official code: its masks, and
+            its order of coefficients of equal radius.
+        ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
+        fbm: False leaves out FBM.
+        norm_layer: Normalisation in KSM.
+        act_layer: Activation in KSM.
+        recompute: Makes each sample's weight again in the backward pass instead of keeping it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters; spectra are computed in float32 at least.
+
+    Shape:
+        (B, Cin, H, W) to (B, Cout, Hout, Wout) as nn.Conv2d; the dtype is that of the input.
+
+    Raises:
+        ValueError: On groups other than 1, a `num_bands` or `cutoffs` out of range, or an input of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        num_bands: int = 64,
+        reduction: float = 1 / 16,
+        cutoffs: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16),
+        mask_grid: int | None = None,
+        ksm: bool = True,
+        fbm: bool = True,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: Callable[..., nn.Module] = StarReLU,
+        recompute: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if groups != 1:
+            raise ValueError(f"groups={groups}, but FDConv2d has one weight matrix for all channels: only groups=1")
+        super().__init__(
+            in_channels, out_channels, to_2tuple(kernel_size), bias, num_bands, reduction, cutoffs, mask_grid, ksm, fbm,
+            norm_layer, act_layer, recompute, device, dtype,
+        )  # fmt: skip
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = to_2tuple(kernel_size)
+        self.stride = to_2tuple(stride)
+        self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
+        self.dilation = to_2tuple(dilation)
+        self.groups = groups
+        if self.padding == "same":
+            if self.stride != (1, 1):
+                raise ValueError(f"padding='same' needs stride 1, but stride={stride}")
+            self.pads = same_padding(self.kernel_size, self.dilation)
+        elif isinstance(self.padding, str):
+            if self.padding != "valid":
+                raise ValueError(f"padding={padding!r}, but it must be a number, a pair, 'same' or 'valid'")
+            self.pads = (0, 0, 0, 0)
+        else:
+            self.pads = (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "FDConv2d":
+        """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
+
+        Args:
+            conv: Source layer, unchanged.
+            **kwargs: Keyword arguments of FDConv2d.
+
+        Raises:
+            ValueError: If `conv` has groups, or pads with something other than zeros.
+        """
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode={conv.padding_mode!r}, but FDConv2d pads with zeros only")
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype, **kwargs,
+        )  # fmt: skip
+        layer.set_static(conv.weight, conv.bias)
+        layer.fdw.spectrum.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
+        if torch.jit.is_scripting():
+            return self._forward_map(x, self.stride, self.pads, self.dilation, False)
+        else:
+            channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            out = self._forward_map(x, self.stride, self.pads, self.dilation, channels_last)
+            return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+
+    @torch.jit.ignore
+    def static_twin(self) -> nn.Conv2d:
+        """nn.Conv2d with the weight and bias that this layer has where every gate is 1."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
+        )  # fmt: skip
+        return self._copy_static_to(conv, matrix_to_weight(self.fdw.matrix(), self.kernel_size))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
+        )
+
+
+class FDLinear(_FDLayer):
+    """Frequency dynamic linear layer, in place of nn.Linear: a 1x1 :class:`FDConv2d` on channels-last input.
+
+    Args:
+        in_features: Input channels Cin.
+        out_features: Output channels Cout.
+        bias: Adds a learnt bias.
+        num_bands: Frequency groups n of the FDW.
+        reduction: Ratio of KSM's hidden channels to Cin; at least 16 are kept.
+        ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
+        norm_layer: Normalisation in KSM.
+        act_layer: Activation in KSM.
+        recompute: Makes each sample's weight again in the backward pass instead of keeping it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters; spectra are computed in float32 at least.
+
+    Shape:
+        (B, ..., Cin) to (B, ..., Cout): one weight for each of the B samples, from the mean over all middle dimensions.
+
+    Raises:
+        ValueError: On a `num_bands` out of range, or an input of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        num_bands: int = 64,
+        reduction: float = 1 / 16,
+        ksm: bool = True,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: Callable[..., nn.Module] = StarReLU,
+        recompute: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, (1, 1), bias, num_bands, reduction, (), None, ksm, False,
+            norm_layer, act_layer, recompute, device, dtype,
+        )  # fmt: skip
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> "FDLinear":
+        """Layer that computes the same function as `linear`, on its device, in its dtype and training mode.
+
+        Args:
+            linear: Source layer, unchanged.
+            **kwargs: Keyword arguments of FDLinear.
+        """
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None,
+            device=linear.weight.device, dtype=linear.weight.dtype, **kwargs,
+        )  # fmt: skip
+        layer.set_static(linear.weight, linear.bias)
+        layer.fdw.spectrum.requires_grad_(linear.weight.requires_grad)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
+        tokens = x.reshape(x.shape[0], -1, self.in_features).transpose(1, 2).unsqueeze(-1)
+        out = self._forward_map(tokens, (1, 1), (0, 0, 0, 0), (1, 1), True)
+        return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features])
+
+    @torch.jit.ignore
+    def static_twin(self) -> nn.Linear:
+        """nn.Linear with the weight and bias that this layer has where every gate is 1."""
+        linear = nn.Linear(
+            self.in_features, self.out_features,
+            bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
+        )  # fmt: skip
+        return self._copy_static_to(linear, self.fdw.matrix())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
