@@ -7,6 +7,7 @@ Hub itself announces as the file's ETag.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -43,6 +44,7 @@ _logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "model.safetensors"
 MAX_HEADER_BYTES = constants.SAFETENSORS_MAX_HEADER_LENGTH
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+LEFTOVER_SECONDS = 3600  # a live download writes, or times out, far more often
 
 WAYS_OUT = """Ways out:
   1. a mirror: set HF_ENDPOINT to its address (`python -m hub.mirror --help` makes and serves one)
@@ -181,7 +183,16 @@ def _download(source: Source, cache_dir: str | Path | None, endpoint: str | None
             _blob(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         raise CorruptFileError(f"the file's content does not have the digest {digest}")
+    _sweep(_blob(path))
     return path
+
+
+def _sweep(blob: Path) -> None:
+    """Remove what killed downloads of `blob` left: huggingface_hub names each try anew and would keep them for ever."""
+    for leftover in blob.parent.glob(f"{blob.name}.*incomplete"):
+        with contextlib.suppress(OSError):  # another process was quicker, or the cache is read-only
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
 
 
 def check_repo_path(path: str) -> None:
@@ -258,8 +269,6 @@ def _require_digest(etag: str | None) -> str:
 
 def _is_silence(error: Exception) -> bool:
     """Whether the Hub gave no answer, as opposed to one that says no."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in TRANSIENT_STATUS
     return isinstance(error, OfflineModeIsEnabled) or (_is_transient(error) and not isinstance(error, CorruptFileError))
 
 

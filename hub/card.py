@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from hub.release import Release
 
 METRICS = {"top1": "Top 1 Accuracy", "top5": "Top 5 Accuracy"}
+PAPER = "Frequency Dynamic Convolution ([FDConv, CVPR 2025](https://arxiv.org/abs/2503.18783)). "
 USAGE = """\
 import fdconv_zoo  # registers the models with timm: pip install fdconv-zoo
 import timm
@@ -40,7 +41,7 @@ def card_metadata(release: Release, repo: str) -> ModelCardData:
         license=release.license,
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "fdconv"],
+        tags=["image-classification", "timm", *(["fdconv"] if release.is_fdconv else [])],
         datasets=list(release.datasets),
         base_model=release.base_model,
         model_name=repo.partition("/")[2],
@@ -60,7 +61,10 @@ def render_card(release: Release, repo: str, sha256: str) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     base = f"[{release.base_model}](https://huggingface.co/{release.base_model})"
     if not release.trained:
-        origin = f"The weights of {base}, moved into the Fourier domain: the same function, ready to fine-tune."
+        origin = f"The weights of {base}"
+        origin += (
+            ", moved into the Fourier domain: the same function, ready to fine-tune." if release.is_fdconv else "."
+        )
     elif release.base_model:
         origin = f"Fine-tuned from {base}."
     else:
@@ -83,7 +87,7 @@ def render_card(release: Release, repo: str, sha256: str) -> str:
 
 # {repo.partition("/")[2]}
 
-Frequency Dynamic Convolution ([FDConv, CVPR 2025](https://arxiv.org/abs/2503.18783)). {origin}
+{PAPER if release.is_fdconv else ""}{origin}
 
 | | |
 |---|---|

@@ -14,6 +14,7 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import nn
 
+from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.download import check_safetensors
 
 WEIGHT_FILES = tuple(f"{name}{suffix}" for name in ("model_best", "last") for suffix in (".safetensors", ".pth.tar"))
@@ -44,6 +45,11 @@ class Release:
     datasets: tuple[str, ...] = ()
     results: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_fdconv(self) -> bool:
+        """Whether any layer is an FDConv layer."""
+        return next(named_fd_layers(self.model), None) is not None
 
 
 RECIPE_KEYS = ("epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "pretrained", "seed")

@@ -154,6 +154,16 @@ class TestErrors:
             path = download_verified(Source("org/tiny"), tmp_path, backoff=0.01)
         assert path.read_bytes() == weights()
 
+    def test_leftovers_of_killed_downloads_go_and_live_ones_stay(self, hub, tmp_path):
+        blobs = tmp_path / "models--org--tiny" / "blobs"
+        blobs.mkdir(parents=True)
+        old, live = (blobs / f"{sha256(weights())}.{name}.incomplete" for name in ("0a1b2c3d", "4e5f6a7b"))
+        for path in (old, live):
+            path.write_bytes(b"half")
+        os.utime(old, (0, 0))
+        download_verified(Source("org/tiny"), tmp_path)
+        assert not old.exists() and live.exists()
+
     def test_cache_stays_readable_for_huggingface_hub(self, hub, tmp_path):
         download_verified(Source("org/tiny"), tmp_path)
         report = scan_cache_dir(tmp_path)

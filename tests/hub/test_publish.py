@@ -123,7 +123,8 @@ class TestOtherSources:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         publish.main(["tiny_resnet.hub", "--repo", "me/tiny", "--license", "mit", "--dataset", "imagenet-1k"])
         card = published(hub, "me/tiny")["README.md"].decode()
-        assert "base_model: org/tiny" in card and "moved into the Fourier domain" in card
+        assert "base_model: org/tiny" in card and "The weights of [org/tiny]" in card
+        assert "Fourier" not in card  # a static model
 
     def test_lone_file(self, hub, tmp_path, capsys):
         path = tmp_path / "w.safetensors"
