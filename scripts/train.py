@@ -5,10 +5,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import timm
 import torch
 import torch.distributed as dist
+from models import load_checkpoint, read_checkpoint
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -16,16 +18,31 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
+from torch import nn
 from train_args import parse_args, save_args
 from train_checkpoint import STATE_FILE, CheckpointError, load_state
 from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from train_log import RunLog
 from train_loop import DivergedError, StoppedError, StopSignals, Trainer
-from train_optim import parameter_groups, scaled_learning_rate
+from train_optim import classifier_names, parameter_groups, scaled_learning_rate
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 
 _logger = logging.getLogger("train")
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> None:
+    """Start from a file of weights, a static model's too; a classifier of another shape is left as initialised.
+
+    Raises:
+        ValueError: The file can't be read, or other weights than the classifier's don't fit.
+    """
+    weights, own = read_checkpoint(path), model.state_dict()
+    classifiers = tuple(f"{name}." for name in classifier_names(model))
+    new = [k for k in weights if k.startswith(classifiers) and k in own and weights[k].shape != own[k].shape]
+    if new:
+        _logger.info(f"{', '.join(new)}: new in this run, {path} has other classes")
+    load_checkpoint(model, {**weights, **{key: own[key] for key in new}})
 
 
 def create_task(args: argparse.Namespace, device: torch.device) -> ClassificationTask:
@@ -34,13 +51,14 @@ def create_task(args: argparse.Namespace, device: torch.device) -> Classificatio
     model = timm.create_model(
         args.model,
         pretrained=args.pretrained,
-        checkpoint_path=args.initial_checkpoint,
         in_chans=args.in_chans,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
         **sizes,
         **args.model_kwargs,
     )
+    if args.initial_checkpoint:
+        load_initial_weights(model, args.initial_checkpoint)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.sync_bn:

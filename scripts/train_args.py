@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet50_fdconv", help="timm model name, with a tag to choose weights")
     group.add_argument("--pretrained", action=flag, default=False, help="start from the tag's weights")
-    group.add_argument("--initial-checkpoint", default="", help="start from the weights in this local file")
+    group.add_argument("--initial-checkpoint", type=Path, help="start from the weights in this file")
     group.add_argument("--num-classes", type=int, help="classes (default: the model's)")
     group.add_argument("--in-chans", type=int, default=3, help="input channels; images are read as grey for 1")
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")

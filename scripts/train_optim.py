@@ -21,6 +21,12 @@ def scaled_learning_rate(base: float, base_size: int, global_batch: int, scale: 
     return base * (ratio if scale == "linear" else ratio**0.5)
 
 
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's classifier modules, of which some timm models have two."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, static_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
@@ -44,12 +50,11 @@ def parameter_groups(
     if static_lr_scale == 1:
         return groups
 
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    new_parts = tuple(f"{name}." for name in classifier_names(model))
     full_rate = {
         id(parameter)
         for name, parameter in model.named_parameters()
-        if any(part in name for part in MODULATION) or name.startswith(tuple(f"{head}." for head in heads))
+        if any(part in name for part in MODULATION) or name.startswith(new_parts)
     }
     split: list[dict[str, Any]] = []
     for group in groups:
