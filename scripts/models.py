@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -12,7 +12,7 @@ import torch
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
-from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict
+from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict, static_twin
 
 
 def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:
@@ -45,28 +45,22 @@ def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def find_static_twin(name: str) -> str | None:
-    """Return the static model that an FDConv model was converted from, None for any other model.
-
-    `resnet50_fdconv.a1_in1k_converted` gives `resnet50.a1_in1k`; a name without a tag stands for its default tag.
-    """
-    architecture, _, tag = name.partition(".")
-    if not architecture.endswith("_fdconv"):
-        return None
-    tag = tag or get_pretrained_cfg(architecture).tag or ""
-    return ".".join(filter(None, (architecture.removesuffix("_fdconv"), tag.removesuffix("_converted"))))
-
-
-def add_static_twins(names: Iterable[str]) -> list[str]:
-    """Return the names, each FDConv model's static twin behind it.
+def add_static_twins(names: Sequence[str]) -> list[str]:
+    """Return the names, each FDConv model's static base behind it; a name without a tag stands for its default tag.
 
     Raises:
         ValueError: None of them is an FDConv model.
     """
-    pairs = [(name, find_static_twin(name)) for name in names]
-    if not any(twin for _, twin in pairs):
+    listed: list[str] = []
+    for name in names:
+        listed.append(name)
+        architecture = name.partition(".")[0]
+        if architecture.endswith("_fdconv"):
+            config = get_pretrained_cfg(name)
+            listed.append(static_twin(f"{architecture}.{config.tag}" if config and config.tag else name))
+    if len(listed) == len(names):
         raise ValueError(f"none of {', '.join(names)} is an FDConv model, to be compared with a static one")
-    return list(dict.fromkeys(name for pair in pairs for name in pair if name))
+    return list(dict.fromkeys(listed))
 
 
 def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:

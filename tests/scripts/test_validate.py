@@ -324,19 +324,20 @@ def test_models_without_pretrained_weights_need_a_checkpoint(models):
 
 
 @pytest.mark.parametrize(
-    ("name", "twin"),
+    ("names", "listed"),
     [
-        ("resnet50_fdconv.a1_in1k_converted", "resnet50.a1_in1k"),
-        ("resnet50_fdconv.tv_in1k_converted", "resnet50.tv_in1k"),
-        ("resnet50_fdconv", "resnet50.a1_in1k"),
-        ("resnet50", None),
+        (["resnet50_fdconv.tv_in1k_converted"], ["resnet50_fdconv.tv_in1k_converted", "resnet50.tv_in1k"]),
+        (["resnet50_fdconv"], ["resnet50_fdconv", "resnet50.a1_in1k"]),
+        (["resnet18.a1_in1k", "resnet18_fdconv"], ["resnet18.a1_in1k", "resnet18_fdconv"]),
     ],
 )
-def test_static_twins(models, name, twin):
-    assert models.find_static_twin(name) == twin
+def test_static_twins(models, names, listed):
+    assert models.add_static_twins(names) == listed
 
 
 def test_twins_are_timms_own_models(models):
     names = timm.list_pretrained("*_fdconv.*")
     assert len(names) >= 5
-    assert {models.find_static_twin(name) for name in names} <= set(timm.list_pretrained())
+    assert set(models.add_static_twins(names)) - set(names) <= set(
+        timm.list_pretrained("*", exclude_filters="*_fdconv*")
+    )
