@@ -1,4 +1,4 @@
-"""Write the manifest of pretrained sources from timm's registry: `python -m hub.manifest`."""
+"""Write the manifest of pretrained sources from the zoo's registered models: `python -m hub.manifest`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,13 @@ import fdconv_zoo
 from fdconv_zoo.download import Source
 
 PATH = Path(fdconv_zoo.__file__).with_name("pretrained_manifest.json")
-# The static models that the zoo's `_converted` tags start from.
-BASES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
-    "mobilenetv2_100",
-    *("convnext_atto", "convnext_tiny", "convnext_small", "convnext_base"),
-    *(f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")),
-    *(f"swin_{size}_patch4_window12_384" for size in ("base", "large")),
-)
-
-
-def is_imagenet(tag: str) -> bool:
-    """Whether a timm tag names a classifier trained or fine-tuned on ImageNet-1k, -12k or -22k."""
-    return any(name in tag for name in ("in1k", "in12k", "in22k"))
 
 
 def sources(known: Iterable[Source]) -> list[Source]:
-    """One source for each ImageNet tag of `BASES`; what is already known about a file is kept."""
+    """One source for each file that a registered FDConv model loads; what is already known about it is kept."""
     old = {(source.repo, source.file): source for source in known}
-    configs = [get_pretrained_cfg(name) for base in BASES for name in timm.list_pretrained(f"{base}.*")]
-    wanted = {Source(config.hf_hub_id) for config in configs if is_imagenet(config.tag)}
+    configs = [get_pretrained_cfg(name) for name in timm.list_pretrained("*_fdconv.*")]
+    wanted = {Source(config.hf_hub_id, config.hf_hub_filename) for config in configs}
     return sorted((old.get((source.repo, source.file), source) for source in wanted), key=lambda source: source.repo)
 
 
@@ -65,7 +52,7 @@ def render(entries: Iterable[Source]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hub.manifest",
-        description="Write fdconv_zoo/pretrained_manifest.json from timm's registry; what is known of a file is kept.",
+        description="Write fdconv_zoo/pretrained_manifest.json from the registered models, keeping what is known.",
         epilog="example: python -m hub.manifest --ask-hub    # where there is a network: fill in what is unknown",
     )
     parser.add_argument("--output", type=Path, default=PATH, help="file to update (default: the package's)")

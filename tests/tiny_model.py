@@ -1,12 +1,12 @@
-"""A ResNet of a few thousand weights, registered with timm, that loads as the zoo's own entry points do."""
+"""A static ResNet of a few thousand weights, registered with timm, that loads as the zoo's own models do."""
 
 from __future__ import annotations
 
 from safetensors.torch import save
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
-from fdconv_zoo.pretrained import resolve_pretrained
+from fdconv_zoo.build import build_fdconv
 
 CFG = {"num_classes": 10, "input_size": (3, 32, 32), "pool_size": (1, 1), "first_conv": "conv1", "classifier": "fc"}
 default_cfgs = generate_default_cfgs(
@@ -21,12 +21,8 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def tiny_resnet(pretrained: bool = False, **kwargs) -> ResNet:
-    if pretrained:
-        kwargs["pretrained_cfg_overlay"] = resolve_pretrained(
-            "tiny_resnet", kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
-        )
     args = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
-    return build_model_with_cfg(ResNet, "tiny_resnet", pretrained, **args, **kwargs)
+    return build_fdconv(ResNet, "tiny_resnet", pretrained, lambda state_dict, model: state_dict, **args, **kwargs)
 
 
 def weights(seed_value: float = 0.01) -> bytes:

@@ -1,10 +1,7 @@
 import json
 
 import pytest
-import timm
-from timm.models import get_pretrained_cfg
 
-import fdconv_zoo  # noqa: F401
 from fdconv_zoo.pretrained import Source, manifest
 from hub import manifest as command
 from tests.fakehub import FakeHub, as_endpoint, sha256
@@ -12,17 +9,6 @@ from tests.fakehub import FakeHub, as_endpoint, sha256
 
 def test_manifest_is_current():
     assert command.render(command.sources(manifest())) == command.PATH.read_text(encoding="utf-8")
-
-
-def test_every_hub_source_of_a_registered_model_is_in_it():
-    names = timm.list_pretrained("*_fdconv*")
-    unknown = {get_pretrained_cfg(name).hf_hub_id for name in names} - {source.repo for source in manifest()}
-    assert not unknown
-
-
-@pytest.mark.parametrize(("tag", "expected"), [("a1_in1k", True), ("fb_in22k", True), ("dinov3_lvd1689m", False)])
-def test_imagenet_tags(tag, expected):
-    assert command.is_imagenet(tag) is expected
 
 
 def test_what_is_known_is_kept_and_new_tags_start_unknown():

@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from hub import publish
 from tests.fakehub import sha256
@@ -125,6 +125,21 @@ class TestOtherSources:
         card = published(hub, "me/tiny")["README.md"].decode()
         assert "base_model: org/tiny" in card and "The weights of [org/tiny]" in card
         assert "Fourier" not in card  # a static model
+
+    def test_fdconv_model(self, hub, monkeypatch, tmp_path):
+        torch.manual_seed(0)
+        static = timm.create_model("mobilenetv2_100").eval()
+        hub.add("timm/mobilenetv2_100.ra_in1k", {"model.safetensors": save(static.state_dict())})
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        publish.main(["mobilenetv2_100_fdconv.ra_in1k_converted", "--repo", "me/mobile"])
+        card = published(hub, "me/mobile")["README.md"].decode()
+        assert "base_model: timm/mobilenetv2_100.ra_in1k" in card and "license: apache-2.0" in card
+        assert "moved into the Fourier domain" in card
+        image = torch.randn(1, 3, 64, 64)
+        model = timm.create_model("hf-hub:me/mobile", pretrained=True, cache_dir=tmp_path).eval()
+        with torch.no_grad():
+            expected = static(image)
+            assert (model(image) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
     def test_lone_file(self, hub, tmp_path, capsys):
         path = tmp_path / "w.safetensors"
