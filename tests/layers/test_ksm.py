@@ -1,0 +1,123 @@
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+
+from fdconv_zoo.layers.ksm import KSM, local_kernel_size, local_logits
+from tests import reference
+from tests.compare import randomise, relative_error
+
+# Cin, Cout, (kh, kw), num_bands, reduction
+CONFIGS = [
+    (6, 5, (3, 3), 7, 1 / 16),
+    (5, 8, (1, 1), 4, 1 / 16),
+    (9, 4, (1, 3), 3, 1 / 16),
+    (4, 9, (3, 1), 1, 1 / 16),
+    (72, 3, (2, 2), 5, 1 / 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "taps"), [(1, 1), (8, 3), (16, 3), (32, 3), (64, 5), (96, 5), (512, 5), (1024, 7), (2048, 7)]
+)
+def test_taps_of_the_local_branch(in_channels, taps):
+    assert local_kernel_size(in_channels) == taps
+
+
+@pytest.mark.parametrize(("in_channels", "reduction", "hidden"), [(64, 1 / 16, 16), (512, 1 / 16, 32), (70, 1 / 2, 35)])
+def test_hidden_channels_are_at_least_16(in_channels, reduction, hidden):
+    ksm = KSM(in_channels, 20, (1, 1), 8, reduction)
+    assert ksm.fc.weight.shape == (hidden, in_channels)
+    assert ksm.fc.bias is None
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels", "kernel", "num_bands", "reduction"), CONFIGS)
+def test_local_logits_are_a_convolution_along_the_channels(in_channels, out_channels, kernel, num_bands, reduction):
+    ksm = randomise(KSM(in_channels, out_channels, kernel, num_bands, reduction, dtype=torch.float64))
+    pooled = torch.randn(3, in_channels, dtype=torch.float64)
+    gate = 2 * torch.sigmoid(local_logits(ksm.local_norm(pooled), ksm.local_conv.weight, kernel[1]))
+    shape = (out_channels, in_channels, *kernel)
+    state = {f"ksm.{key}": value for key, value in ksm.state_dict().items()}
+    for b in range(3):
+        assert relative_error(gate[b], reference.matrix_of(reference.dense_gate(state, pooled[b], shape))) < 1e-14
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("in_channels", "out_channels", "kernel", "num_bands", "reduction"), CONFIGS)
+def test_gates_match_the_reference(in_channels, out_channels, kernel, num_bands, reduction, training):
+    ksm = randomise(KSM(in_channels, out_channels, kernel, num_bands, reduction, dtype=torch.float64)).train(training)
+    pooled = torch.randn(4, in_channels, dtype=torch.float64)
+    state = {f"ksm.{key}": value.clone() for key, value in ksm.state_dict().items()}
+    sizes = reference.gate_sizes(num_bands, (out_channels, in_channels, *kernel), ksm=True)
+    gates, local_input = ksm(pooled)
+    assert [gate.shape for gate in gates] == [(4, size) for size in sizes]
+    for got, wanted in zip(
+        gates, zip(*reference.ksm_gates(state, pooled, sizes, training), strict=True), strict=True
+    ):
+        assert relative_error(got, torch.stack(wanted)) < 1e-13
+    assert local_input.shape == pooled.shape
+    if training:
+        hidden = pooled @ ksm.fc.weight.T
+        expected = 0.9 * state["ksm.norm.running_mean"] + 0.1 * hidden.mean(0)
+        assert relative_error(ksm.norm.running_mean, expected) < 1e-13
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gate_starts_at_exactly_one(kernel, dtype):
+    ksm = KSM(24, 32, kernel, 8, dtype=dtype)
+    gates, local_input = ksm(100 * torch.randn(5, 24))
+    assert len(gates) == (4 if kernel == (3, 3) else 3)
+    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
+    assert not local_logits(local_input, ksm.local_conv.weight, kernel[1]).any()
+    randomise(ksm).reset_parameters()
+    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in ksm(torch.randn(5, 24))[0])
+
+
+def test_hidden_layer_starts_random_so_that_the_heads_get_gradients():
+    ksm = KSM(24, 32, (3, 3), 8)
+    gates, _ = ksm(torch.randn(5, 24))
+    sum((gate * torch.randn_like(gate)).sum() for gate in gates).backward()
+    assert ksm.heads.weight.grad.abs().amax(1).min() > 0
+
+
+def test_only_the_bands_are_gated_without_weight_modulation():
+    ksm = KSM(24, 32, (3, 3), 8, modulate_weight=False)
+    gates, local_input = ksm(torch.randn(5, 24))
+    assert [gate.shape for gate in gates] == [(5, 8)]
+    assert local_input is None
+    assert not any(key.startswith("local") for key in ksm.state_dict())
+
+
+def test_a_batch_of_one_in_training_names_the_ways_out():
+    ksm = KSM(24, 32, (3, 3), 8)
+    one = torch.randn(1, 24)
+    with pytest.raises(ValueError, match="BatchNorm can't train on a batch of 1") as error:
+        ksm(one)
+    assert "freeze_batch_norm_2d" in str(error.value)
+    assert "norm_layer" in str(error.value)
+    assert "module.eval()" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "way_out",
+    [
+        lambda: KSM(24, 32, (3, 3), 8).eval(),
+        lambda: freeze_batch_norm_2d(KSM(24, 32, (3, 3), 8)),
+        lambda: KSM(24, 32, (3, 3), 8, norm_layer=partial(nn.GroupNorm, 1)),
+    ],
+    ids=["eval", "frozen", "GroupNorm"],
+)
+def test_each_way_out_works(way_out):
+    gates, _ = way_out()(torch.randn(1, 24))
+    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
+
+
+def test_other_norm_and_activation():
+    ksm = KSM(24, 32, (1, 1), 8, norm_layer=nn.Identity, act_layer=nn.GELU, dtype=torch.float64)
+    randomise(ksm)
+    pooled = torch.randn(3, 24, dtype=torch.float64)
+    expected = 2 * torch.sigmoid(ksm.heads(nn.functional.gelu(pooled @ ksm.fc.weight.T)))
+    assert relative_error(torch.cat(ksm(pooled)[0], 1).detach(), expected.detach()) < 1e-14
