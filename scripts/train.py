@@ -23,8 +23,9 @@ from train_args import parse_args, save_args
 from train_checkpoint import STATE_FILE, CheckpointError, load_state
 from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from train_log import RunLog
-from train_loop import DivergedError, StoppedError, StopSignals, Trainer
+from train_loop import DivergedError, Trainer
 from train_optim import classifier_names, parameter_groups, scaled_learning_rate
+from train_signals import StoppedError, StopSignals
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 

@@ -218,8 +218,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """End the program where options contradict each other or a number is out of its range."""
-    for name in ("batch_size", "grad_accum_steps", "epochs", "log_interval"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "grad_accum_steps", "epochs", "log_interval", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     if not args.synthetic and args.data_dir is None and not args.dataset.startswith(("hfds/", "hfids/")):
         parser.error("no data: give --data-dir (and --dataset), or --synthetic for a dry run")
@@ -237,3 +237,12 @@ def save_args(args: argparse.Namespace, path: Path) -> None:
         if key not in ("config", "resume")
     }
     path.write_text(yaml.safe_dump(recipe))
+
+
+def recorded_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that make a run what it is, without places, speeds and stops."""
+    left_out = {
+        "config", "output", "resume", "steps", "save_every_steps", "log_interval", "workers", "tensorboard", "device",
+        "data_dir", "initial_checkpoint", "pretrained", "torchcompile",
+    }  # fmt: skip
+    return {name: value for name, value in vars(args).items() if name not in left_out}

@@ -105,6 +105,12 @@ class TrainLoader:
         device: Device of the batches.
         rank: Rank of this process.
         world_size: Number of processes.
+
+    Attributes:
+        stream_workers: Loader processes that a stream is shared out to, 0 for map-style data.
+
+    Raises:
+        ValueError: The data don't fill a batch.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class TrainLoader:
         self.generator = torch.Generator()
         self.sampler: ResumableSampler | None = None
         self.dataset = dataset
+        self.stream_workers = 0
         dataset.transform = timm.data.create_transform(
             data_config["input_size"],
             is_training=True,
@@ -141,6 +148,7 @@ class TrainLoader:
         stream = isinstance(dataset, IterableDataset)
         if stream:
             workers = max(1, workers)  # a worker process that starts with the epoch is what makes its seed known
+            self.stream_workers = workers
             dataset.set_loader_cfg(num_workers=workers)
         else:
             order = (

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -16,54 +15,17 @@ from timm.task import ClassificationTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from train_args import recorded_args
 from train_checkpoint import STATE_FILE, copy_weights, random_state, save_state, save_weights, set_random_state
 from train_data import BatchAugmentation, TrainLoader
 from train_log import RunLog
+from train_signals import StoppedError, StopSignals
 
 _logger = logging.getLogger("train")
 
 
 class DivergedError(RuntimeError):
     """The loss or a weight is no longer finite."""
-
-
-class StoppedError(RuntimeError):
-    """A stop signal ended the run after it was saved; ``signum`` is the signal."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-class StopSignals:
-    """Turns SIGTERM and SIGINT, while in use, into a request that the loop answers after its current update.
-
-    A second SIGINT (Ctrl-C twice) ends the process at once; a SIGTERM after it does not, as torchrun sends one.
-    """
-
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {signum: signal.signal(signum, self._receive) for signum in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        if signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def any_process(self) -> int:
-        """The signal that this or another process of the run received, or 0."""
-        if not dist.is_initialized():
-            return self.signum
-        signum = torch.tensor(self.signum)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return int(signum)
 
 
 @dataclass
@@ -136,20 +98,23 @@ class Trainer:
             StoppedError: A stop signal came. The checkpoint is from now.
             CheckpointError: A checkpoint can't be written. The one before is intact.
         """
-        while self.progress.epoch < self.epochs:
-            complete = self._train_epoch()
+        while not self._finished():
+            self._train_epoch()
             self._save()
             self._validate()
-            if not complete:
-                return
-            self.progress.epoch += 1
-            self.progress.epoch_updates = 0
-            self._loss_sum.zero_()
-            self._save()
+            if self.progress.epoch_updates * self.args.grad_accum_steps >= len(self.train_loader):
+                self.progress.epoch += 1
+                self.progress.epoch_updates = 0
+                self._loss_sum.zero_()
+                self._save()
             self._leave_if_asked()
 
-    def _train_epoch(self) -> bool:
-        """Train the rest of the epoch; ``False`` if ``--steps`` ended it early."""
+    def _finished(self) -> bool:
+        steps = self.args.steps
+        return self.progress.epoch >= self.epochs or (steps is not None and self.progress.updates >= steps)
+
+    def _train_epoch(self) -> None:
+        """Train what is left of the epoch, or of ``--steps``."""
         args, progress, total = self.args, self.progress, len(self.train_loader)
         first = progress.epoch_updates * args.grad_accum_steps
         batches = self.train_loader.batches(progress.epoch, first)
@@ -157,8 +122,8 @@ class Trainer:
         if self.log is not None:
             self.log.start_epoch(progress.updates)
         for batch in range(first, total, args.grad_accum_steps):
-            if args.steps is not None and progress.updates >= args.steps:
-                return False
+            if self._finished():
+                return
             self._loss_sum += self._update(batches, min(args.grad_accum_steps, total - batch))
             progress.epoch_updates += 1
             progress.updates += 1
@@ -169,7 +134,6 @@ class Trainer:
             if args.save_every_steps and progress.updates % args.save_every_steps == 0:
                 self._save()
             self._leave_if_asked()
-        return True
 
     def _update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], passes: int) -> torch.Tensor:
         """One optimiser update from the next ``passes`` batches; returns their mean loss."""
@@ -240,11 +204,8 @@ class Trainer:
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         self._report_corrupt_images()
         progress = self.progress
-        better = (
-            watched < (progress.best_metric or math.inf)
-            if self.args.eval_metric == "loss"
-            else (progress.best_metric is None or watched > progress.best_metric)
-        )
+        sign = -1 if self.args.eval_metric == "loss" else 1
+        better = progress.best_metric is None or sign * watched > sign * progress.best_metric
         if better:
             progress.best_metric, progress.best_epoch = watched, progress.epoch
         if self.log is not None:
@@ -255,7 +216,7 @@ class Trainer:
             train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
             self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss, top-1 and top-5 accuracy (percent) over the validation set of all processes."""
         if isinstance(model, DistributedDataParallel):
@@ -291,7 +252,7 @@ class Trainer:
         state = {
             "progress": asdict(self.progress),
             "args": recorded_args(self.args),
-            "world_size": self.world_size,
+            "order": self._order(),
             "weights": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -303,6 +264,18 @@ class Trainer:
             metadata = {key: str(value) for key, value in facts.items()}
             save_weights(tensors, self.args.output / f"{name}.safetensors", metadata)
 
+    def _order(self) -> dict[str, int | float]:
+        """What the order of the training data depends on, besides the data themselves."""
+        return {
+            "batch_size": self.args.batch_size,
+            "grad_accum_steps": self.args.grad_accum_steps,
+            "aug_repeats": self.args.aug_repeats,
+            "seed": self.args.seed,
+            "processes": self.world_size,
+            "batches an epoch": len(self.train_loader),
+            "workers of a stream": self.train_loader.stream_workers,
+        }
+
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state that another process saved.
 
@@ -312,23 +285,19 @@ class Trainer:
         Raises:
             ValueError: The state is of a run with other batches, so that its position means nothing here.
         """
-        for name in ("batch_size", "grad_accum_steps", "aug_repeats", "seed"):
-            was, now = state["args"][name], getattr(self.args, name)
-            if was != now:
-                raise ValueError(f"the checkpoint was made with {name} {was}, not {now}: resume with the same")
-        if state["world_size"] != self.world_size:
+        was, now = state["order"], self._order()
+        different = [f"{name} {was[name]}, not {now[name]}" for name in now if was[name] != now[name]]
+        if different:
             raise ValueError(
-                f"the checkpoint was made by {state['world_size']} processes, not {self.world_size}: "
-                "resume with as many, or start a new run with --initial-checkpoint from its last.safetensors"
+                f"can't go on at the checkpoint's place in the data: it was made with {'; '.join(different)}. "
+                "Resume with the same, or start a new run with --initial-checkpoint from its last.safetensors"
             )
-        changed = {
-            name: (value, recorded_args(self.args)[name])
-            for name, value in state["args"].items()
-            if name in vars(self.args) and value != recorded_args(self.args)[name]
-        }
+        current = recorded_args(self.args)
+        changed = [
+            f"{name} {value} -> {current[name]}" for name, value in state["args"].items() if value != current[name]
+        ]
         if changed and self.rank == 0:
-            changes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
-            _logger.warning(f"options changed since the checkpoint, so this is no exact continuation: {changes}")
+            _logger.warning(f"changed since the checkpoint, so this is no exact continuation: {', '.join(changed)}")
         self.task.load_checkpoint_state(state["weights"]["last"])
         if self.task.has_ema():
             self.task.load_checkpoint_state(state["weights"].get("last_ema", state["weights"]["last"]), ema=True)
@@ -355,12 +324,3 @@ def gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def recorded_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that make a run what it is, without places, speeds and stops."""
-    left_out = {
-        "config", "output", "resume", "steps", "save_every_steps", "log_interval", "workers", "tensorboard", "device",
-        "data_dir", "initial_checkpoint", "pretrained", "torchcompile",
-    }  # fmt: skip
-    return {name: value for name, value in vars(args).items() if name not in left_out}

@@ -1,5 +1,6 @@
 """Runs of train.py that are killed, stopped, resumed, fed with bad data and out of disk."""
 
+import re
 import resource
 import signal
 import subprocess
@@ -9,11 +10,14 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models import load_checkpoint
 from timm.utils import random_seed
-from train import main
+from train import load_initial_weights, main
 from train_checkpoint import load_state
 from train_runs import ENVIRONMENT, SCRIPTS, assert_same_weights, command, photo_folder, run, run_until
+from train_signals import StopSignals
 
 # Everything random that a run can have: dropout, stochastic depth, augmentation in the loader workers, random erasing
 # and mixup in the main process; and everything stateful: momentum, schedule, EMA, accumulated passes.
@@ -89,13 +93,13 @@ def test_two_processes_have_the_gradient_of_one_on_the_same_global_batch(photos,
     # whose statistics would be those of each process's part of the batch; without dropout, whose masks would differ.
     args = [
         "--model", "test_vit", "--num-classes", 2, "--img-size", 64, "--model-kwargs", "img_size=64",
-        "--data-dir", photos, "-j", 1, "--aa", "rand-m9-mstd0.5", "--device", "cpu", "--steps", 1,
+        "--data-dir", photos, "-j", 0, "--aa", "rand-m9-mstd0.5", "--device", "cpu", "--steps", 1,
         "--opt", "momentum", "--momentum", 0, "--weight-decay", 0, "--lr", 1,
         "--sched", "constant", "--warmup-epochs", 0,
     ]  # fmt: skip
-    run(*args, "-b", 8, "--output", tmp_path / "one")
+    main([str(arg) for arg in (*args, "-b", 8, "--output", tmp_path / "one")])
+    main([str(arg) for arg in (*args, "-b", 4, "--grad-accum-steps", 2, "--output", tmp_path / "accumulated")])
     run(*args, "-b", 4, "--output", tmp_path / "two", processes=2)
-    run(*args, "-b", 4, "--output", tmp_path / "accumulated", "--grad-accum-steps", 2)
     one, two, accumulated = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two", "accumulated"))
     random_seed(42)
     start = timm.create_model("test_vit", num_classes=2, img_size=64).state_dict()
@@ -107,8 +111,8 @@ def test_two_processes_have_the_gradient_of_one_on_the_same_global_batch(photos,
 
 
 @pytest.mark.slow
-def test_two_processes_killed_resume_to_the_same_weights(photos, tmp_path):
-    args = [*RECIPE, "--data-dir", photos, "-j", 1, "--save-every-steps", 2]
+def test_two_processes_stopped_in_fdconv_training_resume_to_the_same_weights(photos, tmp_path):
+    args = [*RECIPE, "--model", "resnet18_fdconv", "--data-dir", photos, "-j", 1, "--save-every-steps", 2]
     run(*args, "--output", tmp_path / "whole", processes=2)
     code, _ = run_until("update 5/", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
     assert code != 0
@@ -158,28 +162,91 @@ def test_corrupt_images_are_skipped_counted_and_listed(photos, tmp_path):
     assert listed == ["class0/truncated.jpg", "class1/no_image.jpg"]
 
 
-def test_resume_refuses_what_it_cannot_go_on_with(photos, tmp_path, capsys):
+def small_run(photos, output, *options):
+    """A short run in this process."""
     args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 4, "-j", 0, "--data-dir", photos]
-    args = [str(arg) for arg in (*args, "--device", "cpu", "--steps", 1, "--output", tmp_path)]
-    main(args)
+    main([str(arg) for arg in (*args, "--device", "cpu", "--log-interval", 1, "--output", output, *options)])
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(photos, tmp_path):
+    small_run(photos, tmp_path, "--steps", 1)
     with pytest.raises(SystemExit, match="holds a run: add --resume"):
-        main(args)
-    with pytest.raises(SystemExit, match="made with batch_size 4, not 2"):
-        main([*args, "--resume", "-b", "2"])
+        small_run(photos, tmp_path, "--steps", 1)
+    with pytest.raises(SystemExit, match="made with batch_size 4, not 2; batches an epoch 5, not 10"):
+        small_run(photos, tmp_path, "--resume", "-b", 2)
     with pytest.raises(SystemExit, match=r"can't resume from .*nowhere.pt"):
-        main([*args, "--resume", str(tmp_path / "nowhere.pt")])
+        small_run(photos, tmp_path, "--resume", tmp_path / "nowhere.pt")
     torch.save({"weights": {}}, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="not a state file"):
-        main([*args, "--resume", str(tmp_path / "other.pt")])
+        small_run(photos, tmp_path, "--resume", tmp_path / "other.pt")
 
 
 def test_resume_takes_the_rate_of_now(photos, tmp_path):
-    args = ["--model", "test_resnet", "--num-classes", 2, "--img-size", 64, "-b", 4, "-j", 0, "--data-dir", photos]
-    args = [
-        str(arg)
-        for arg in (*args, "--device", "cpu", "--sched", "constant", "--warmup-epochs", 0, "--output", tmp_path)
-    ]
-    main([*args, "--steps", "1", "--lr", "0.1"])
-    main([*args, "--steps", "2", "--lr", "0.01", "--resume"])
+    options = ["--sched", "constant", "--warmup-epochs", 0]
+    small_run(photos, tmp_path, *options, "--steps", 1, "--lr", 0.1)
+    small_run(photos, tmp_path, *options, "--steps", 2, "--lr", 0.01, "--resume")
     groups = load_state(tmp_path / "last.state.pt")["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [0.01, 0.01]
+
+
+def test_options_for_speed_leave_plain_checkpoints_and_resume(photos, tmp_path):
+    options = ["--torchcompile", "eager", "--channels-last", "--amp", "--amp-dtype", "float16", "--model-ema"]
+    options += ["--layer-decay", 0.8, "--opt", "lamb", "--grad-accum-steps", 2, "--clip-grad", 1, "--clip-mode", "agc"]
+    small_run(photos, tmp_path, *options, "--steps", 2)
+    model = timm.create_model("test_resnet", num_classes=2)
+    for name in ("last", "last_ema", "model_best"):
+        load_checkpoint(model, tmp_path / f"{name}.safetensors")
+    state = load_state(tmp_path / "last.state.pt")
+    assert state["scaler"]["scale"] > 1
+    small_run(photos, tmp_path, *options, "--steps", 4, "--resume")
+    state = load_state(tmp_path / "last.state.pt")
+    assert state["progress"]["updates"] == 4
+    assert {int(group["step"]) for group in state["optimizer"]["param_groups"]} == {4}
+
+
+def test_initial_weights_of_a_static_model_with_other_classes(tmp_path):
+    static = timm.create_model("resnet18", num_classes=5)
+    save_file(static.state_dict(), tmp_path / "static.safetensors")
+    model = timm.create_model("resnet18_fdconv", num_classes=2)
+    load_initial_weights(model, tmp_path / "static.safetensors")
+    images = torch.rand(2, 3, 64, 64)
+    features = static.eval().forward_features(images)
+    torch.testing.assert_close(model.eval().forward_features(images), features, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_initial_weights(timm.create_model("resnet34_fdconv"), tmp_path / "static.safetensors")
+
+
+def test_logs(photos, tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    small_run(photos, tmp_path, "--epochs", 2, "--tensorboard")
+    assert re.search(r"epoch 1 \(100%\)  update 10/10  loss \d\.\d+  lr .*images/s  ETA 0:00:00", caplog.text)
+    assert (tmp_path / "summary.csv").read_text().startswith("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
+    assert [event.step for event in events.Scalars("eval/top1")] == [5, 10]
+
+
+def test_missing_tensorboard_is_an_error_that_says_what_to_install(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match="pip install tensorboard"):
+        small_run(photos, tmp_path, "--tensorboard")
+
+
+def test_batch_of_one_explains_itself(photos, tmp_path):
+    with pytest.raises(ValueError, match="can't train on a batch of 1"):
+        small_run(photos, tmp_path, "--model", "resnet18_fdconv", "-b", 1, "--steps", 1)
+
+
+def test_stop_signals_are_given_back(photos, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    small_run(photos, tmp_path, "--steps", 1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_first_interrupt_asks_and_a_second_one_ends():
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.any_process() == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)  # torchrun sends one after Ctrl-C
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
