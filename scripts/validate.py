@@ -23,7 +23,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from validate_args import check_args, parse_args
 
+from fdconv_zoo import PretrainedError
 from fdconv_zoo.cost import count_macs, count_parameters
+from fdconv_zoo.download import WAYS_OUT
 
 
 def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None) -> nn.Module:
@@ -41,8 +43,11 @@ def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tenso
             return model
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
-    except OSError as error:  # the Hub's client, for models that are timm's own
-        raise RuntimeError(f"no pretrained weights: {error} Without a network, give --checkpoint.") from error
+    except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
+        raise RuntimeError(
+            f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: --checkpoint FILE, a mirror "
+            "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
+        ) from error
 
 
 def build_dataset(args: argparse.Namespace, model: nn.Module) -> Dataset:

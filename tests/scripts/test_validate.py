@@ -210,7 +210,7 @@ def test_the_hub_out_of_reach_keeps_the_results_so_far(photos, tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"validate.py: error: {STATIC}.")
-    assert "give --checkpoint" in done.stderr
+    assert "Without a network: --checkpoint FILE" in done.stderr
     assert [row["model"] for row in json.loads((tmp_path / "results.json").read_text())] == [FDCONV]
 
 
@@ -219,7 +219,9 @@ def test_no_pretrained_weights_without_the_hub(validate, photos, name, tmp_path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = error_of(validate, photos, "--model", name, *QUICK)
-    assert message.startswith(f"validate.py: error: {name}: ")
+    assert message.startswith(f"validate.py: error: {name}: no pretrained weights: ")
+    assert message.endswith("see `python -m hub.mirror --help`")
+    assert "pretrained_cfg_overlay" not in message
     assert capsys.readouterr().out == ""
 
 
