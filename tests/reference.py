@@ -192,7 +192,12 @@ def fdconv2d(
 
 
 def fdlinear(
-    state: dict[str, Tensor], x: Tensor, shape: tuple[int, int], num_bands: int, ksm: bool = True, training: bool = False
+    state: dict[str, Tensor],
+    x: Tensor,
+    shape: tuple[int, int],
+    num_bands: int,
+    ksm: bool = True,
+    training: bool = False,
 ) -> Tensor:
     """FDLinear of x (B, ..., Cin), pooled over all middle dimensions."""
     kernel_shape = (*shape, 1, 1)

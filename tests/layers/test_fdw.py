@@ -18,7 +18,16 @@ from tests import reference
 from tests.compare import relative_error
 
 # Cout, Cin, kh, kw: even and odd columns and rows, rectangular kernels, one row, one column
-SHAPES = [(4, 6, 3, 3), (5, 3, 3, 3), (8, 8, 1, 1), (7, 9, 1, 1), (6, 5, 1, 3), (5, 6, 3, 1), (1, 8, 1, 1), (8, 1, 1, 1)]
+SHAPES = [
+    (4, 6, 3, 3),
+    (5, 3, 3, 3),
+    (8, 8, 1, 1),
+    (7, 9, 1, 1),
+    (6, 5, 1, 3),
+    (5, 6, 3, 1),
+    (1, 8, 1, 1),
+    (8, 1, 1, 1),
+]
 few = settings(max_examples=30, derandomize=True, deadline=None)
 
 

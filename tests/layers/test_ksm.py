@@ -53,9 +53,7 @@ def test_gates_match_the_reference(in_channels, out_channels, kernel, num_bands,
     sizes = reference.gate_sizes(num_bands, (out_channels, in_channels, *kernel), ksm=True)
     gates, local_input = ksm(pooled)
     assert [gate.shape for gate in gates] == [(4, size) for size in sizes]
-    for got, wanted in zip(
-        gates, zip(*reference.ksm_gates(state, pooled, sizes, training), strict=True), strict=True
-    ):
+    for got, wanted in zip(gates, zip(*reference.ksm_gates(state, pooled, sizes, training), strict=True), strict=True):
         assert relative_error(got, torch.stack(wanted)) < 1e-13
     assert local_input.shape == pooled.shape
     if training:
