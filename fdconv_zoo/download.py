@@ -8,14 +8,13 @@ Hub itself announces as the file's ETag.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
 import re
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from huggingface_hub import (
     constants,
@@ -27,22 +26,14 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
+from .integrity import CorruptFileError, check_repo_path, matches
 from .version import __version__
 
-__all__ = [
-    "PretrainedError",
-    "Source",
-    "check_repo_path",
-    "check_safetensors",
-    "download_verified",
-    "file_digest",
-    "redact",
-]
+__all__ = ["PretrainedError", "Source", "download_verified", "redact"]
 
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
-MAX_HEADER_BYTES = constants.SAFETENSORS_MAX_HEADER_LENGTH
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 LEFTOVER_SECONDS = 3600  # a live download writes, or times out, far more often
 
@@ -55,10 +46,6 @@ WAYS_OUT = """Ways out:
 
 class PretrainedError(RuntimeError):
     """Pretrained weights could not be had, or not be trusted; the message says what was tried and the ways out."""
-
-
-class CorruptFileError(OSError):
-    """A file's content is not what its digest says."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ def download_verified(
     digest = source.sha256 or (_announced(cached) if cached else None)
     # Hashed on every use, not once: it takes about 0.1 s per 100 MB, less than loading them, it needs no marker that
     # could outlive the file it vouches for, and it sees a disk that went bad since.
-    intact = cached is not None and (digest is None or _matches(cached, digest))
+    intact = cached is not None and (digest is None or matches(cached, digest))
     if cached and intact and digest and source.pinned:
         return cached
     force = cached is not None and not intact
@@ -177,7 +164,7 @@ def _download(source: Source, cache_dir: str | Path | None, endpoint: str | None
         )
     )
     digest = source.sha256 or announced
-    if not _matches(path, digest):
+    if not matches(path, digest):
         if force:
             # Left in the cache, the bad file would be loaded by programs that do not look.
             _blob(path).unlink(missing_ok=True)
@@ -195,34 +182,6 @@ def _sweep(blob: Path) -> None:
                 leftover.unlink()
 
 
-def check_repo_path(path: str) -> None:
-    """Refuse a path that, joined to a folder on any system, could lead out of it.
-
-    Raises:
-        ValueError: The path is absolute, has a drive or a share, or goes up.
-    """
-    windows = PureWindowsPath(path)  # takes / and \\ for separators, and knows drives and shares
-    if not path or windows.anchor or ".." in windows.parts:
-        raise ValueError(f"the path {path!r} leaves its folder")
-
-
-def check_safetensors(path: Path) -> None:
-    """Refuse a file whose header could not be a safetensors header, before any parser sees it.
-
-    Raises:
-        ValueError: The header's size is absurd (above `MAX_HEADER_BYTES` or the file's own size) or it is not JSON.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = file.read(1)
-    limit = min(MAX_HEADER_BYTES, path.stat().st_size - 8)
-    if not 2 <= length <= limit or start != b"{":
-        raise ValueError(
-            f"{path} is no safetensors file: its header claims {length} bytes (2 to {limit} are possible) "
-            f"and starts with {start!r} instead of b'{{'"
-        )
-
-
 def redact(text: str) -> str:
     """`text` without access tokens, user names and passwords in URLs, and signed query strings."""
     token = get_token()
@@ -231,23 +190,6 @@ def redact(text: str) -> str:
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
     text = re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?***", text)
-
-
-def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file; "git" gives the one under which git stores it."""
-    git = algorithm == "git"
-    digest = hashlib.new("sha1" if git else algorithm)
-    if git:
-        digest.update(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _matches(path: Path, digest: str) -> bool:
-    """Whether the content has this digest: sha256 for large files, git's sha1 for small ones, as the Hub's ETags."""
-    return file_digest(path, "sha256" if len(digest) == 64 else "git") == digest
 
 
 def _blob(path: Path) -> Path:
@@ -269,14 +211,21 @@ def _require_digest(etag: str | None) -> str:
 
 def _is_silence(error: Exception) -> bool:
     """Whether the Hub gave no answer, as opposed to one that says no."""
-    return isinstance(error, OfflineModeIsEnabled) or (_is_transient(error) and not isinstance(error, CorruptFileError))
+    if isinstance(error, OfflineModeIsEnabled) or _is_unheard(error):
+        return True
+    return _is_transient(error) and not isinstance(error, CorruptFileError)
+
+
+def _is_unheard(error: Exception) -> bool:
+    """Whether not even a connection came about in 10 s, through TCP's own retries: a firewall, as a rule."""
+    return type(error).__name__ == "ConnectTimeout"  # httpx's or requests', whichever huggingface_hub is built on
 
 
 def _is_transient(error: Exception) -> bool:
     """Whether trying again may help."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT_STATUS
-    if isinstance(error, OfflineModeIsEnabled | ValueError):
+    if isinstance(error, OfflineModeIsEnabled | ValueError) or _is_unheard(error):
         return False
     # The disk's errors carry an errno and stay; a short read, a reset or a timeout may pass.
     return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError | TimeoutError)

@@ -14,7 +14,8 @@ from typing import Any
 
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-from .download import WAYS_OUT, WEIGHTS_NAME, PretrainedError, Source, check_safetensors, download_verified, redact
+from .download import WAYS_OUT, WEIGHTS_NAME, PretrainedError, Source, download_verified, redact
+from .integrity import check_safetensors
 
 __all__ = ["PretrainedError", "Source", "download_verified", "find_source", "manifest", "resolve_pretrained"]
 

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi
 
-from fdconv_zoo.download import PretrainedError, Source, check_repo_path, download_verified, file_digest, redact
+from fdconv_zoo.download import PretrainedError, Source, download_verified, redact
+from fdconv_zoo.integrity import check_repo_path, file_digest
 from fdconv_zoo.pretrained import manifest
 from hub.mirror_server import serve
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import fdconv_zoo  # noqa: F401  (registers the models)
-from fdconv_zoo.download import WEIGHTS_NAME, file_digest, redact
+from fdconv_zoo.download import WEIGHTS_NAME, redact
+from fdconv_zoo.integrity import file_digest
 from hub.card import render_card
 from hub.release import Release, read_run, read_tag, read_weights
 from hub.verify import FORWARD_PASS, run_model

@@ -15,7 +15,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from fdconv_zoo.convert import named_fd_layers
-from fdconv_zoo.download import check_safetensors
+from fdconv_zoo.integrity import check_safetensors
 
 WEIGHT_FILES = tuple(f"{name}{suffix}" for name in ("model_best", "last") for suffix in (".safetensors", ".pth.tar"))
 

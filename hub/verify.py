@@ -13,15 +13,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from safetensors import safe_open
 
 import fdconv_zoo  # noqa: F401  (registers the models)
-from fdconv_zoo.download import (
-    WEIGHTS_NAME,
-    PretrainedError,
-    Source,
-    check_safetensors,
-    download_verified,
-    file_digest,
-    redact,
-)
+from fdconv_zoo.download import WEIGHTS_NAME, PretrainedError, Source, download_verified, redact
+from fdconv_zoo.integrity import check_safetensors, file_digest
 from fdconv_zoo.pretrained import find_source, manifest
 from hub.mirror import INDEX, list_repo, read_index
 

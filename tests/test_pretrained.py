@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import scan_cache_dir
 from safetensors.torch import load, save, save_file
 
-from fdconv_zoo.download import MAX_HEADER_BYTES, Source, check_safetensors, download_verified, redact
+from fdconv_zoo.download import Source, download_verified, redact
+from fdconv_zoo.integrity import MAX_HEADER_BYTES, check_safetensors
 from fdconv_zoo.pretrained import PretrainedError, find_source, manifest, resolve_pretrained
 from tests.fakehub import FakeHub, as_endpoint, sha256
 from tests.tiny_model import tiny_resnet, weights

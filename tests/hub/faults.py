@@ -90,6 +90,21 @@ def refused(bench: Bench) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unheard(bench: Bench) -> Iterator[None]:
+    with socket.socket() as busy, contextlib.ExitStack() as queue:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen(0)  # nobody accepts: once its queue is full, the system drops what comes
+        for _ in range(2):
+            waiting = queue.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(busy.getsockname())
+        bench.endpoint = f"http://127.0.0.1:{busy.getsockname()[1]}"
+        with mock.patch.object(constants, "HF_HUB_ETAG_TIMEOUT", 1):
+            yield
+    bench.endpoint = None
+
+
+@contextlib.contextmanager
 def offline(bench: Bench) -> Iterator[None]:
     with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
         yield
@@ -210,6 +225,7 @@ FAULTS = (
     Fault("503, once", served(mode=503, methods=("GET", "HEAD")), ONE),
     Fault("503 every time", served(mode=503, times=99, methods=("GET", "HEAD")), error(4), ONE),
     Fault("connection refused", refused, error(4), ONE),
+    Fault("packets dropped, no answer at all", unheard, error(1), ONE),
     Fault("connection refused, unpinned file in the cache", silent_with_unpinned_cache, "right file, 0 transfers"),
     Fault("HF_HUB_OFFLINE, empty cache", offline, error(1), ONE),
     Fault("HF_HUB_OFFLINE, file in the cache", offline_with_good_cache, "right file, 0 transfers"),

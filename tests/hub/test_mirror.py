@@ -9,7 +9,8 @@ import urllib.request
 
 import pytest
 
-from fdconv_zoo.download import Source, check_repo_path, download_verified
+from fdconv_zoo.download import Source, download_verified
+from fdconv_zoo.integrity import check_repo_path
 from fdconv_zoo.pretrained import manifest
 from hub import mirror
 from tests.fakehub import FakeHub, as_endpoint, sha256

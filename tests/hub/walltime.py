@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import timm
-import torch
 from safetensors.torch import save
 
 import fdconv_zoo  # noqa: F401  (registers the models)
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--static", default="resnet50", help="its static twin")
     parser.add_argument("--repeats", type=int, default=5, help="loads of each kind; medians are printed")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     content = save(timm.create_model(args.static).state_dict())
     print(f"{args.model}, {len(content) / 1e6:.1f} MB, median of {args.repeats}")
 
