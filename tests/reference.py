@@ -94,7 +94,7 @@ def ksm_gates(state: dict[str, Tensor], pooled: Tensor, sizes: list[int], traini
 
 def dense_gate(state: dict[str, Tensor], pooled: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """One sample's dense gate (Cout, Cin, kh, kw) from its pooled input (Cin,)."""
-    out_channels, in_channels, kh, kw = shape
+    out_channels, _, kh, kw = shape
     mean = pooled.mean()
     variance = ((pooled - mean) ** 2).mean()
     normalised = (pooled - mean) / (variance + 1e-5).sqrt() * state["ksm.local_norm.weight"]
