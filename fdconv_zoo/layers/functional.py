@@ -198,8 +198,8 @@ def dynamic_conv2d(
         assert spectrum is not None
         weight = synthesize(spectrum, bands, gain_index, columns)
     if local_input is not None and local_weight is not None:
-        gate = torch.sigmoid(local_logits(local_input.to(weight.dtype), local_weight.to(weight.dtype), kw))
-        weight = weight * gate
+        gate = local_logits(local_input.to(weight.dtype), local_weight.to(weight.dtype), kw).sigmoid_()
+        weight = weight * gate if torch.is_grad_enabled() else gate.mul_(weight)
     if fbm_weight is not None and fbm_bias is not None:
         x = modulate_bands(x, fbm_weight, fbm_bias, cutoffs, mask_grid)
     if channel is not None:
