@@ -29,28 +29,30 @@ def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
 
 
 def num_kept(size: int, numerator: int, denominator: int) -> int:
-    """Real basis functions with |f| < numerator/denominator on an axis of `size` pixels, in integers only."""
-    return 2 * ((numerator * size + denominator - 1) // denominator) - 1
+    """Cosines and sines with |f| < numerator/denominator on an axis of `size` pixels, in integers only.
+
+    The sine of frequency 0 is one of them, though it is zero: no axis then has size 1, which exporters take for fixed.
+    """
+    return 2 * ((numerator * size + denominator - 1) // denominator)
 
 
 def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """First `count` real Fourier basis functions: constant, cos 1, sin 1, cos 2, sin 2, ...
+    """First `count` real Fourier basis functions: cos 0 (constant), sin 0 (zero), cos 1, sin 1, cos 2, sin 2, ...
 
     Args:
         size: Pixels of the axis.
-        count: Odd number of functions, at most `size`.
+        count: Even number of functions, at most `size` + 1.
         device: Device of the result.
         dtype: Dtype of the result.
 
     Returns:
-        Orthonormal columns (size, count).
+        Columns (size, count), orthonormal but for the second, which is zero.
     """
     column = torch.arange(count, device=device)
-    frequency = (column + 1) // 2
     # Whole turns are dropped in integers, where they cost no precision.
-    turns = (torch.arange(size, device=device)[:, None] * frequency) % size
-    is_sine = (column % 2 == 0) & (column > 0)
-    angle = turns.to(dtype) * (2 * math.pi / size) - is_sine.to(dtype) * (math.pi / 2)
+    turns = torch.arange(size, device=device)[:, None] * (column // 2)
+    turns = torch.remainder(turns, torch.full([], size, device=device))
+    angle = turns.to(dtype) * (2 * math.pi / size) - (column % 2).to(dtype) * (math.pi / 2)
     norm = ((2 - (column == 0).to(dtype)) / size).sqrt()
     return torch.cos(angle) * norm
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
@@ -151,6 +151,7 @@ class _FDLayer(nn.Module):
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
+@register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
 class FDConv2d(_FDLayer):
     """Frequency dynamic convolution, in place of nn.Conv2d.
 
@@ -278,6 +279,7 @@ class FDConv2d(_FDLayer):
         )
 
 
+@register_notrace_module
 class FDLinear(_FDLayer):
     """Frequency dynamic linear layer, in place of nn.Linear: a 1x1 :class:`FDConv2d` on channels-last input.
 
