@@ -9,7 +9,7 @@ from hub.release import Release
 METRICS = {"top1": "Top 1 Accuracy", "top5": "Top 5 Accuracy"}
 PAPER = "Frequency Dynamic Convolution ([FDConv, CVPR 2025](https://arxiv.org/abs/2503.18783)). "
 USAGE = """\
-import fdconv_zoo  # registers the models with timm: pip install fdconv-zoo
+import fdconv_zoo  # the package fdconv-zoo registers its models with timm
 import timm
 import torch
 from PIL import Image
@@ -70,7 +70,7 @@ def render_card(release: Release, repo: str, sha256: str) -> str:
     else:
         origin = "Trained from scratch."
     facts = {
-        "Architecture": f"`{release.name}` ([fdconv-zoo](https://pypi.org/project/fdconv-zoo/), timm's shape)",
+        "Architecture": f"`{release.name}`",
         "Parameters": f"{parameters / 1e6:.2f} M",
         "Input": f"{size}, {release.data_config['interpolation']}, crop {release.data_config['crop_pct']}",
         "Classes": str(model.num_classes),

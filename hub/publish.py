@@ -87,7 +87,7 @@ def write_folder(release: Release, repo: str, folder: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)  # transformers passes num_classes itself, and once too often
     config["pretrained_cfg"]["license"] = release.license
     if release.trained:
-        for key in ("tag", "description", "origin_url", "notes"):
+        for key in ("tag", "description", "origin_url", "paper_ids", "paper_name", "notes"):
             config["pretrained_cfg"].pop(key, None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -75,6 +75,9 @@ def read_run(folder: Path, file: str | None) -> Release:
     path = folder / names[0]
     arguments = {"num_classes": options.get("num_classes"), "in_chans": options.get("in_chans")}
     release = read_weights(path, options["model"], **arguments, **(options.get("model_kwargs") or {}))
+    results = read_results(folder / "summary.csv", path)
+    if release.model.num_classes <= 5:
+        results.pop("top5", None)  # always right
     dataset = (options.get("dataset") or "").partition("/")[2]
     return replace(
         release,
@@ -82,7 +85,7 @@ def read_run(folder: Path, file: str | None) -> Release:
         base_model=release.base_model if options.get("pretrained") else None,
         license=release.license if options.get("pretrained") else None,
         datasets=(dataset,) if dataset else (),
-        results=read_results(folder / "summary.csv", path),
+        results=results,
         recipe={key: options[key] for key in RECIPE_KEYS if options.get(key) is not None},
     )
 

@@ -20,14 +20,14 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """A directory as scripts/train.py leaves it: fine-tuned to 3 classes, best in epoch 1 of 0..2."""
+    """A directory as scripts/train.py leaves it: fine-tuned to 6 classes, best in epoch 1 of 0..2."""
     folder = tmp_path / "run"
     folder.mkdir()
     torch.manual_seed(0)
     for name, epoch in (("model_best", 1), ("last", 2)):
-        state = tiny_resnet(num_classes=3).state_dict()
+        state = tiny_resnet(num_classes=6).state_dict()
         save_file(state, folder / f"{name}.safetensors", {"model": "tiny_resnet.hub", "epoch": str(epoch)})
-    options = {"model": "tiny_resnet.hub", "pretrained": True, "num_classes": 3, "in_chans": 3, "model_kwargs": {}}
+    options = {"model": "tiny_resnet.hub", "pretrained": True, "num_classes": 6, "in_chans": 3, "model_kwargs": {}}
     options |= {"dataset": "hfds/me/flowers", "data_dir": "/home/me/flowers", "epochs": 3, "crop_pct": 0.9}
     (folder / "args.yaml").write_text(yaml.safe_dump(options))
     rows = ("epoch,train_loss,eval_top1,eval_top5,lr", "0,1,50.0,90,0.1", "1,1,71.25,99,0.1", "2,1,70.0,99.5,0.1")

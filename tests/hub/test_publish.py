@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from hub import publish
 from tests.fakehub import sha256
 from tests.hub.conftest import TOKEN
-from tests.tiny_model import weights
+from tests.tiny_model import tiny_resnet, weights
 
 
 def published(hub, repo):
@@ -39,11 +39,11 @@ class TestRun:
         best = load_file(run / "model_best.safetensors")
         model = timm.create_model("hf-hub:me/flowers", pretrained=True, cache_dir=run / "cache")
         assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
-        assert model.num_classes == 3 and model.pretrained_cfg["crop_pct"] == 0.9
+        assert model.num_classes == 6 and model.pretrained_cfg["crop_pct"] == 0.9
         assert model.pretrained_cfg.get("tag") != "hub"
 
         config = json.loads(files["config.json"])
-        assert config["num_classes"] == 3 and "num_classes" not in config.get("model_args", {})
+        assert config["num_classes"] == 6 and "num_classes" not in config.get("model_args", {})
 
     def test_card(self, hub, run, tmp_path):
         publish.main([str(run), "--repo", "me/flowers", "--license", "mit"])
@@ -76,6 +76,12 @@ class TestRun:
         (run / "summary.csv").write_text("epoch,eval_top1,eval_ema_top1\n1,60,65\n2,61,66")
         assert publish.read_run(run, None).results == {"top1": 65.0}
         assert publish.read_run(run, "last.safetensors").results == {"top1": 61.0}
+
+    def test_top_5_of_five_classes_is_not_told(self, run):
+        save_file(tiny_resnet(num_classes=5).state_dict(), run / "model_best.safetensors", {"epoch": "1"})
+        options = yaml.safe_load((run / "args.yaml").read_text())
+        (run / "args.yaml").write_text(yaml.safe_dump({**options, "num_classes": 5}))
+        assert publish.read_run(run, None).results == {"top1": 71.25}
 
     def test_weights_of_an_epoch_not_yet_validated_have_no_results(self, run):
         (run / "summary.csv").write_text("epoch,eval_top1\n0,60")
