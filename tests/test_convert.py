@@ -1,0 +1,646 @@
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+
+import fdconv_zoo
+from fdconv_zoo import (
+    FDConv2d,
+    FDLinear,
+    convert_official_state_dict,
+    convert_static_state_dict,
+    convert_to_fdconv,
+    summary,
+)
+from fdconv_zoo.convert import filter_pretrained, init_static, named_fd_layers
+from fdconv_zoo.fdconv_resnet import FDConvResNet
+from tests import reference
+from tests.compare import randomise, randomise_norms, relative_error
+
+# The smallest of each family; names are timm's, classes torchvision's.
+TIMM = {
+    "resnet18": (partial(timm.create_model, "resnet18"), 64),
+    "resnet26d": (partial(timm.create_model, "resnet26d"), 64),
+    "regnetx": (partial(timm.create_model, "regnetx_002"), 64),
+    "regnety": (partial(timm.create_model, "regnety_002"), 64),
+    "convnext": (partial(timm.create_model, "convnext_atto", conv_mlp=False), 64),
+    "convnext of convolutions": (partial(timm.create_model, "convnext_atto", conv_mlp=True), 64),
+    "swin": (partial(timm.create_model, "swin_tiny_patch4_window7_224", embed_dim=48, depths=(2, 2), img_size=56), 56),
+    "vit": (partial(timm.create_model, "vit_tiny_patch16_224", depth=2, img_size=64), 64),
+    "efficientnet": (partial(timm.create_model, "efficientnet_b0"), 64),
+    "mobilenetv2": (partial(timm.create_model, "mobilenetv2_100"), 64),
+}
+TORCHVISION = {
+    "resnet18": (torchvision.models.resnet18, 64),
+    "resnext": (partial(torchvision.models.ResNet, torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], groups=4), 64),
+    "regnet": (torchvision.models.regnet_y_400mf, 64),
+    "efficientnet": (torchvision.models.efficientnet_b0, 64),
+    "convnext": (
+        partial(torchvision.models.ConvNeXt, [CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 2)], layer_scale=0.5),
+        64,
+    ),
+    "swin": (
+        partial(
+            torchvision.models.SwinTransformer,
+            [4, 4],
+            embed_dim=24,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=[7, 7],
+        ),
+        56,
+    ),
+    "vit": (partial(torchvision.models.VisionTransformer, 64, 16, 2, 4, 48, 96), 64),
+}
+MODELS = {f"timm {key}": value for key, value in TIMM.items()}
+MODELS |= {f"torchvision {key}": value for key, value in TORCHVISION.items()}
+
+
+@torch.no_grad()
+def lively(make, size):
+    """A static model in eval mode in which every layer counts and every norm has statistics of its own."""
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1)
+    randomise_norms(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(torch.randn(8, 3, size, size))
+    return model.eval()
+
+
+class Net(nn.Module):
+    """A static network with one layer of each kind."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 20, 3)
+        self.norm = nn.BatchNorm2d(20)
+        self.conv2 = nn.Conv2d(20, 24, 3, stride=2, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(24, 20, (1, 3), padding=(0, 1))
+        self.mlp = nn.Sequential(nn.Linear(20, 40), nn.GELU(), nn.Linear(40, 20, bias=False))
+        self.fc = nn.Linear(20, classes)
+
+    def forward(self, x):
+        x = self.conv3(self.conv2(self.norm(self.conv1(x)).relu()).relu())
+        return self.fc(self.mlp(x.mean((2, 3))[:, None])[:, 0])
+
+
+REPLACED_IN_NET = ["conv2", "conv3", "mlp.0", "mlp.2"]
+
+
+def net(**keywords):
+    return randomise_norms(Net(**keywords)).eval()
+
+
+def images(size=9, batch=3):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# --- models
+
+
+@pytest.mark.parametrize(("make", "size"), MODELS.values(), ids=MODELS.keys())
+def test_a_converted_model_computes_the_same_function(make, size):
+    model = lively(make, size)
+    x = images(size)
+    with torch.no_grad():
+        expected = model(x)
+        planned = summary(model)
+        converted = convert_to_fdconv(model)
+        output = converted(x)
+    assert converted is model
+    assert not any(module.training for module in model.modules())
+    assert relative_error(output, expected) < 1e-4
+    # The comparison would say nothing about a model whose output does not depend on its input.
+    assert (expected - expected.mean(0)).norm() > 0.05 * expected.norm()
+    assert {(r.name, r.reason) for r in summary(model)} == {(r.name, r.reason) for r in planned}
+    assert {name for name, _ in named_fd_layers(model)} == {report.name for report in planned if report.replaced}
+
+
+@pytest.mark.parametrize(("make", "size"), MODELS.values(), ids=MODELS.keys())
+def test_the_state_dict_of_the_static_model_fits_the_converted_one(make, size):
+    model = lively(make, size)
+    converted = convert_to_fdconv(make()).eval()
+    converted.load_state_dict(convert_static_state_dict(model.state_dict(), converted))
+    with torch.no_grad():
+        assert relative_error(converted(images(size)), model(images(size))) < 1e-4
+
+
+def reasons(make):
+    return {report.name: report.reason for report in summary(make())}
+
+
+def test_what_is_replaced_in_a_resnet():
+    shortcuts = [f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)]
+    convs = [f"layer{stage}.{block}.conv{i}" for stage in (1, 2, 3, 4) for block in (0, 1) for i in (1, 2)]
+    for make in (TIMM["resnet18"][0], TORCHVISION["resnet18"][0]):
+        found = reasons(make)
+        assert set(found) == {"conv1", "fc", *shortcuts, *convs}
+        assert all(found[name] == "" for name in convs)
+        assert all(found[name] == "shortcut or downsampling between stages" for name in shortcuts)
+        assert found["conv1"] == "narrow: fewer than 17 channels"
+        assert found["fc"] == "classifier"
+    deep = reasons(TIMM["resnet26d"][0])
+    assert deep["conv1.3"] == "stem"
+    assert deep["conv1.6"] == "stem"
+
+
+def test_what_is_replaced_in_a_regnet():
+    found = reasons(TIMM["regnety"][0])
+    assert found["s4.b2.conv1.conv"] == found["s4.b2.conv3.conv"] == ""
+    assert found["s4.b2.conv2.conv"] == "groups=46"
+    assert found["s4.b2.se.fc1"] == found["s4.b2.se.fc2"] == "squeeze and excitation"
+    assert found["s4.b1.downsample.conv"] == "shortcut or downsampling between stages"
+
+
+@pytest.mark.parametrize(
+    ("model", "mlp", "others"),
+    [
+        (TIMM["convnext"], "stages.1.blocks.0.mlp.fc", {"stages.1.blocks.0.conv_dw": "groups=80"}),
+        (TIMM["convnext of convolutions"], "stages.1.blocks.0.mlp.fc", {"head.fc": "classifier"}),
+        (TIMM["swin"], "layers.0.blocks.1.mlp.fc", {"layers.0.blocks.1.attn.qkv": "linear layer outside an MLP"}),
+        (TIMM["vit"], "blocks.1.mlp.fc", {"blocks.1.attn.proj": "linear layer outside an MLP", "head": "classifier"}),
+        (
+            TORCHVISION["convnext"],
+            "features.3.1.block.",
+            {"features.2.1": "patch embedding or downsampling between stages"},
+        ),
+        (TORCHVISION["swin"], "features.1.0.mlp.", {"features.1.0.attn.qkv": "linear layer outside an MLP"}),
+        (TORCHVISION["vit"], "encoder.layers.encoder_layer_0.mlp.", {"heads.head": "classifier"}),
+    ],
+)
+def test_what_is_replaced_in_mlps(model, mlp, others):
+    found = reasons(model[0])
+    assert sum(name.startswith(mlp) and reason == "" for name, reason in found.items()) == 2
+    assert all(("mlp" in name or "block." in name) for name, reason in found.items() if not reason)
+    assert {name: found[name] for name in others} == others
+
+
+def test_what_is_replaced_in_an_efficientnet():
+    found = reasons(TIMM["efficientnet"][0])
+    assert found["blocks.3.1.conv_pw"] == found["blocks.3.1.conv_pwl"] == found["conv_head"] == ""
+    assert found["blocks.3.1.conv_dw"].startswith("groups=")
+    assert found["blocks.1.0.conv_pw"] == "narrow: fewer than 17 channels"
+    assert found["blocks.3.1.se.conv_reduce"] in ("squeeze and excitation", "narrow: fewer than 17 channels")
+
+
+def test_other_paddings_and_subclasses_stay():
+    class Standardised(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(
+        nn.Conv2d(20, 20, 3, padding_mode="circular", padding=1), Standardised(20, 20, 3), nn.Conv2d(20, 16, 3)
+    )
+    found = [report.reason for report in summary(model)]
+    assert found == [
+        "padding_mode='circular'",
+        "a subclass (Standardised) that computes something else",
+        "narrow: fewer than 17 channels",
+    ]
+
+
+def test_reports_read_as_lines():
+    lines = [str(report) for report in summary(Net())]
+    assert "conv2: 24x20x3x3 FDConv" in lines
+    assert "fc: 5x20 narrow: fewer than 17 channels" in lines
+    lines = [str(report) for report in summary(convert_to_fdconv(Net()))]
+    assert "conv2: 24x20x3x3 FDConv" in lines
+    assert len(lines) == 6
+
+
+def test_include_narrows_what_is_replaced():
+    asked = []
+
+    def include(name, module):
+        asked.append((name, type(module)))
+        return name.startswith("conv")
+
+    model = convert_to_fdconv(Net(), include)
+    assert [name for name, _ in named_fd_layers(model)] == ["conv2", "conv3"]
+    assert asked == [("conv2", nn.Conv2d), ("conv3", nn.Conv2d), ("mlp.0", nn.Linear), ("mlp.2", nn.Linear)]
+    found = {report.name: report.reason for report in summary(Net(), include)}
+    assert found["mlp.0"] == found["mlp.2"] == "not included"
+
+
+def test_converting_again_changes_nothing_or_the_rest():
+    model = convert_to_fdconv(Net(), include=lambda name, module: name == "conv2")
+    conv2 = model.conv2
+    convert_to_fdconv(model)
+    assert model.conv2 is conv2
+    assert [name for name, _ in named_fd_layers(model)] == REPLACED_IN_NET
+    with pytest.raises(ValueError, match="nothing to replace in Net"):
+        convert_to_fdconv(model)
+
+
+def test_keywords_reach_the_layers():
+    model = convert_to_fdconv(Net(), num_bands=8, reduction=1, mask_grid=64, cutoffs=(0.3,), recompute=False)
+    assert (model.conv2.fdw.num_bands, model.mlp[0].fdw.num_bands) == (8, 8)
+    assert (model.conv2.ksm.fc.out_features, model.mlp[0].ksm.fc.out_features) == (20, 20)
+    assert (model.conv2.fbm.mask_grid, model.conv2.fbm.cutoffs) == (64, [(3, 10)])
+    assert not model.conv2.recompute
+    assert not model.mlp[0].recompute
+    assert convert_to_fdconv(Net(), fbm=False).conv2.fbm is None
+
+
+def test_a_lone_layer_is_returned_converted():
+    conv, linear = nn.Conv2d(20, 24, 3), nn.Sequential()
+    linear.mlp = nn.Linear(20, 24)
+    layer = convert_to_fdconv(conv)
+    assert isinstance(layer, FDConv2d)
+    assert isinstance(convert_to_fdconv(linear).mlp, FDLinear)
+
+
+def test_unknown_keywords_are_named():
+    with pytest.raises(ValueError, match="have no keyword argument bands, num_band"):
+        convert_to_fdconv(Net(), num_band=4, bands=3)
+
+
+def test_nothing_to_replace_is_an_error_that_says_why():
+    with pytest.raises(
+        ValueError, match="nothing to replace in Sequential: 0: narrow: fewer than 17 channels; 1: groups"
+    ):
+        convert_to_fdconv(nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32)))
+    with pytest.raises(ValueError, match="it has no convolution or linear layer"):
+        convert_to_fdconv(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="conv2: not included"):
+        convert_to_fdconv(Net(), include=lambda name, module: False)
+
+
+def test_a_failed_conversion_names_the_value():
+    with pytest.raises(ValueError, match="num_bands=100000, but"):
+        convert_to_fdconv(Net(), num_bands=100_000)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(20, 20, 3, padding=1)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_a_module_with_two_names_stays_one():
+    model = Tied()
+    x = torch.randn(2, 20, 5, 6)
+    expected = model(x)
+    convert_to_fdconv(model)
+    assert isinstance(model.first, FDConv2d)
+    assert model.first is model.second
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_frozen_weights_stay_frozen_and_gates_train():
+    model = Net()
+    model.conv2.weight.requires_grad_(False)
+    model.mlp[0].weight.requires_grad_(False)
+    convert_to_fdconv(model)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv2.fdw.spectrum", "mlp.0.fdw.spectrum"}
+
+
+def test_device_dtype_and_training_mode_are_kept():
+    model = Net().to(torch.bfloat16)
+    model.mlp.eval()
+    convert_to_fdconv(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.conv2.training
+    assert not any(module.training for module in model.mlp.modules())
+    assert all(parameter.is_meta for parameter in convert_to_fdconv(Net().to("meta")).parameters())
+
+
+# --- parameters and initialisation of the zoo's models
+
+
+@pytest.mark.parametrize(
+    ("name", "static", "added"),
+    [
+        ("resnet50_fdconv", "resnet50", 3_647_120),
+        ("convnext_tiny_fdconv", "convnext_tiny", 2_929_464),
+        ("swin_tiny_fdconv", "swin_tiny_patch4_window7_224", 3_233_520),
+    ],
+)
+def test_parameters_added(name, static, added):
+    with torch.device("meta"):
+        dynamic, base = (sum(p.numel() for p in timm.create_model(n).parameters()) for n in (name, static))
+    assert dynamic - base == added
+
+
+def small_resnet(cls=FDConvResNet, **keywords):
+    return cls(BasicBlock, (1, 1, 1, 1), channels=(24, 24, 32, 32), num_classes=5, **keywords)
+
+
+def small_swin():
+    return timm.create_model("swin_tiny_fdconv", embed_dim=24, depths=(1, 1), num_heads=(2, 4), img_size=56)
+
+
+@pytest.mark.parametrize("make", [small_resnet, small_swin])
+def test_init_weights_leaves_gates_at_one_and_draws_new_spectra(make):
+    model = make()
+    kept = dict(named_fd_layers(model))
+    assert kept
+    randomise(model)
+    before = {name: layer.fdw.spectrum.clone() for name, layer in kept.items()}
+    model.init_weights()
+    assert dict(named_fd_layers(model)) == kept
+    for name, layer in kept.items():
+        assert not torch.equal(layer.fdw.spectrum, before[name])
+        gates, _ = layer.ksm.eval()(torch.randn(3, layer.static_shape[1]))
+        assert all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
+        assert not layer.ksm.local_conv.weight.any()
+        assert layer.fbm is None or not layer.fbm.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "static_class"), [(small_resnet, ResNet), (small_swin, SwinTransformer)], ids=["resnet", "swin"]
+)
+def test_init_static_gives_the_weights_of_the_static_initialisation(make, static_class):
+    model = make()
+    twin = deepcopy(model)
+    for name, layer in dict(named_fd_layers(twin)).items():
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, layer.static_twin())
+
+    def initialise(target):
+        torch.manual_seed(3)
+        static_class.init_weights(target)
+
+    init_static(model, partial(initialise, model))
+    initialise(twin)
+    for name, layer in named_fd_layers(model):
+        assert relative_error(layer.static_twin().weight, twin.get_submodule(name).weight) < 1e-6
+        if layer.bias is not None:
+            assert torch.equal(layer.bias, twin.get_submodule(name).bias)
+
+
+@pytest.mark.parametrize("make", [small_resnet, small_swin])
+def test_a_model_built_on_the_meta_device_gets_its_buffers_back(make):
+    real = make()
+    with torch.device("meta"):
+        model = make()
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(1)
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+    model.load_state_dict(real.state_dict())
+    buffers = dict(real.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    size = 56
+    assert torch.equal(model.eval()(images(size)), real.eval()(images(size)))
+
+
+# --- static state dicts
+
+
+def test_converting_a_state_dict_twice_changes_nothing_and_leaves_the_source():
+    source, model = net(), convert_to_fdconv(Net())
+    state = source.state_dict()
+    copy = {key: value.clone() for key, value in state.items()}
+    once = convert_static_state_dict(state, model)
+    twice = convert_static_state_dict(once, model)
+    assert once.keys() == twice.keys() == model.state_dict().keys()
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+    assert state.keys() == copy.keys()
+    assert all(torch.equal(state[key], copy[key]) for key in state)
+    model.load_state_dict(once)
+    assert relative_error(model.eval()(images()), source(images())) < 1e-5
+
+
+def test_the_order_of_keys_does_not_matter():
+    state, model = net().state_dict(), convert_to_fdconv(Net())
+    forwards = convert_static_state_dict(state, model)
+    backwards = convert_static_state_dict(dict(reversed(state.items())), model)
+    assert forwards.keys() == backwards.keys()
+    assert all(torch.equal(forwards[key], backwards[key]) for key in forwards)
+
+
+def test_own_weights_pass_through_and_half_converted_ones_are_completed():
+    model = randomise(convert_to_fdconv(Net()))
+    own = model.state_dict()
+    same = convert_static_state_dict(own, model)
+    assert same.keys() == own.keys()
+    assert all(torch.equal(same[key], own[key]) for key in own)
+    half = {key: value for key, value in own.items() if not key.startswith("conv2.")}
+    half["conv2.weight"] = model.conv2.static_twin().weight.detach()
+    completed = convert_static_state_dict(half, model)
+    assert completed.keys() == own.keys()
+    assert relative_error(completed["conv2.fdw.spectrum"], own["conv2.fdw.spectrum"]) > 0
+    assert torch.equal(completed["mlp.0.fdw.spectrum"], own["mlp.0.fdw.spectrum"])
+
+
+def test_nothing_but_the_new_keys_is_filled_in():
+    state, model = net().state_dict(), convert_to_fdconv(Net())
+    for key in ("fc.bias", "conv3.bias", "conv2.weight"):
+        del state[key]
+    missing = set(model.state_dict()) - set(convert_static_state_dict(state, model))
+    assert missing == {"fc.bias", "conv3.bias", *(key for key in model.state_dict() if key.startswith("conv2."))}
+
+
+def test_keys_that_fit_nothing_are_all_listed():
+    state, model = net().state_dict(), convert_to_fdconv(Net())
+    state |= {"conv9.weight": torch.zeros(1), "mlp.0.extra": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"2 keys of the static state dict fit nothing .*: conv9.weight, mlp.0.extra$"):
+        convert_static_state_dict(state, model)
+
+
+def test_weights_of_another_shape_are_all_listed():
+    state, model = net().state_dict(), convert_to_fdconv(Net())
+    state |= {"conv2.weight": torch.zeros(24, 20, 1, 1), "mlp.0.weight": torch.zeros(39, 20)}
+    with pytest.raises(ValueError, match="2 static weights do not fit") as error:
+        convert_static_state_dict(state, model)
+    assert "conv2.weight (24, 20, 1, 1) instead of (24, 20, 3, 3)" in str(error.value)
+    assert "mlp.0.weight (39, 20)" in str(error.value)
+
+
+def test_state_dict_of_a_lone_layer():
+    for static, layer in (
+        (nn.Conv2d(20, 24, 3), FDConv2d(20, 24, 3)),
+        (nn.Linear(20, 24, bias=False), FDLinear(20, 24, bias=False)),
+    ):
+        layer.load_state_dict(convert_static_state_dict(static.state_dict(), layer))
+        twin = layer.static_twin()
+        assert relative_error(twin.weight, static.weight) < 1e-6
+
+
+def test_linear_weights_fit_pointwise_convolutions_and_the_reverse():
+    linear, conv = nn.Linear(20, 24), nn.Conv2d(20, 24, 1)
+    for static, layer in ((linear, FDConv2d(20, 24, 1)), (conv, FDLinear(20, 24))):
+        layer.load_state_dict(convert_static_state_dict(static.state_dict(), layer))
+        assert relative_error(layer.static_twin().weight.flatten(), static.weight.flatten()) < 1e-6
+
+
+def test_the_dtype_of_the_weights_is_kept():
+    state = {key: value.to(torch.bfloat16) for key, value in nn.Conv2d(20, 24, 3).state_dict().items()}
+    layer = FDConv2d(20, 24, 3)
+    assert convert_static_state_dict(state, layer)["fdw.spectrum"].dtype == torch.bfloat16
+
+
+def test_a_classifier_of_another_size_is_left_to_timm():
+    model = timm.create_model("resnet18_fdconv", num_classes=7)
+    state = timm.create_model("resnet18").state_dict()
+    filtered = filter_pretrained(state, model)
+    assert torch.equal(filtered["fc.weight"], state["fc.weight"])
+    assert filtered.keys() == model.state_dict().keys()
+    headless = timm.create_model("resnet18_fdconv", num_classes=0)
+    assert filter_pretrained(state, headless).keys() - headless.state_dict().keys() == {"fc.weight", "fc.bias"}
+
+
+# --- official checkpoints
+
+HEADS = ("kernel_fc", "channel_fc", "filter_fc", "spatial_fc")
+
+
+def official_layer(layer):
+    """The state of a layer under the official names and in the official units."""
+    state = layer.state_dict()
+    factor = reference.parseval_factor(layer.fdw.rows, layer.fdw.columns).float()
+    half_spectrum = state["fdw.spectrum"] / factor[:, None]
+    out = {"dft_weight": half_spectrum[None] / (min(layer.static_shape[:2]) // 2)}
+    for kind in ("weight", "bias"):
+        for head, part in zip(HEADS, state[f"ksm.heads.{kind}"].split(layer.ksm.sections), strict=False):
+            out[f"KSM_Global.{head}.{kind}"] = part[:, :, None, None] if kind == "weight" else part
+    out["KSM_Global.fc.weight"] = state["ksm.fc.weight"][:, :, None, None]
+    for official, own in (("KSM_Global.bn", "norm"), ("KSM_Global.relu", "act"), ("KSM_Local.norm", "local_norm")):
+        for name, value in layer.ksm.get_submodule(own).state_dict().items():
+            out[f"{official}.{name}"] = value
+    out["KSM_Local.conv.weight"] = state["ksm.local_conv.weight"]
+    for band in range(3 if layer.fbm is not None else 0):
+        for kind in ("weight", "bias"):
+            out[f"FBM.freq_weight_conv_list.{band}.{kind}"] = state[f"fbm.{kind}"][band : band + 1]
+    if layer.bias is not None:
+        out["bias"] = state["bias"]
+    return out
+
+
+def official_checkpoint(model, static=()):
+    """The state of a model as the official code would have saved it, some layers static."""
+    out = dict(model.state_dict())
+    for name, layer in named_fd_layers(model):
+        own = {key: out.pop(key) for key in list(out) if key.startswith(f"{name}.")}
+        if name in static:
+            out[f"{name}.weight"] = layer.static_twin().weight.detach()
+        else:
+            assert len(official_layer(layer)) > len(own) // 2
+            out |= {f"{name}.{key}": value for key, value in official_layer(layer).items()}
+    return out
+
+
+@pytest.fixture
+def backbone():
+    return randomise(small_resnet(mask_grid=64)).eval()
+
+
+WRAPPERS = {
+    "plain": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "meta": {"epoch": 12}},
+    "model": lambda state: {"model": state, "optimizer": {"state": {}}},
+    "module": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "detector": lambda state: (
+        {f"backbone.{key}": value for key, value in state.items()}
+        | {"neck.convs.0.weight": torch.zeros(1), "roi_head.fc.weight": torch.zeros(1)}
+    ),
+    "detector of a distributed run": lambda state: {
+        "state_dict": {f"module.backbone.{key}": value for key, value in state.items()}
+        | {"module.rpn_head.conv.weight": torch.zeros(1)}
+    },
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_official_checkpoints_however_wrapped(backbone, wrap):
+    state = wrap(official_checkpoint(backbone))
+    model = small_resnet(mask_grid=64).eval()
+    converted = convert_official_state_dict(state, model)
+    own = backbone.state_dict()
+    assert converted.keys() == own.keys()
+    assert all(relative_error(converted[key], own[key]) < 1e-6 for key in own)
+    model.load_state_dict(converted)
+    assert relative_error(model(images(64)), backbone(images(64))) < 1e-4
+
+
+def test_official_checkpoints_of_a_detector_have_no_classifier(backbone):
+    state = {f"backbone.{k}": v for k, v in official_checkpoint(backbone).items() if not k.startswith("fc.")}
+    model = small_resnet(mask_grid=64)
+    assert model.state_dict().keys() - convert_official_state_dict(state, model).keys() == {"fc.weight", "fc.bias"}
+    model.reset_classifier(0)
+    model.load_state_dict(convert_official_state_dict(state, model))
+
+
+def test_official_checkpoints_with_static_layers_among_them(backbone):
+    static = ["layer1.0.conv1", "layer3.0.conv2"]
+    model = small_resnet(mask_grid=64)
+    converted = convert_official_state_dict(official_checkpoint(backbone, static), model)
+    own = backbone.state_dict()
+    assert converted.keys() == own.keys()
+    for name in static:
+        expected = own[f"{name}.fdw.spectrum"]
+        twin = backbone.get_submodule(name).static_twin().weight
+        assert relative_error(converted[f"{name}.fdw.spectrum"], reference.spectrum_of(twin)) < 1e-6
+        assert not converted[f"{name}.ksm.heads.weight"].any()
+        assert expected.shape == converted[f"{name}.fdw.spectrum"].shape
+    model.load_state_dict(converted)
+
+
+def test_the_official_order_of_keys_does_not_matter(backbone):
+    state, model = official_checkpoint(backbone), small_resnet(mask_grid=64)
+    forwards = convert_official_state_dict(state, model)
+    backwards = convert_official_state_dict(dict(reversed(state.items())), model)
+    assert forwards.keys() == backwards.keys()
+    assert all(torch.equal(forwards[key], backwards[key]) for key in forwards)
+
+
+def test_official_keys_that_are_missing_are_all_listed(backbone):
+    state = official_checkpoint(backbone)
+    del state["layer1.0.conv1.KSM_Global.bn.running_var"], state["layer2.0.conv2.KSM_Local.conv.weight"]
+    for kind in ("weight", "bias"):
+        for band in range(3):
+            del state[f"layer4.0.conv1.FBM.freq_weight_conv_list.{band}.{kind}"]
+    with pytest.raises(ValueError, match="the official state dict lacks 4 keys of FDConv layers: ") as error:
+        convert_official_state_dict(state, small_resnet(mask_grid=64))
+    for key in ("layer1.0.conv1.ksm.norm.running_var", "layer2.0.conv2.ksm.local_conv.weight"):
+        assert key in str(error.value)
+    assert "layer4.0.conv1.fbm.weight, layer4.0.conv1.fbm.bias" in str(error.value)
+
+
+def test_official_keys_that_fit_nothing_are_all_listed(backbone):
+    state = official_checkpoint(backbone) | {
+        "layer1.0.conv1.KSM_Global.extra": torch.zeros(1),
+        "aux.weight": torch.ones(1),
+    }
+    with pytest.raises(ValueError, match="2 keys of the static state dict fit nothing in the model") as error:
+        convert_official_state_dict(state, small_resnet(mask_grid=64))
+    assert "aux.weight" in str(error.value)
+    assert "layer1.0.conv1.KSM_Global.extra" in str(error.value)
+
+
+def test_a_lone_official_layer_and_the_source_left_as_it_was():
+    source = randomise(FDConv2d(20, 24, 3, mask_grid=64, num_bands=16)).eval()
+    state = official_layer(source)
+    keys = list(state)
+    layer = FDConv2d(20, 24, 3, mask_grid=64, num_bands=16).eval()
+    layer.load_state_dict(convert_official_state_dict(state, layer))
+    assert list(state) == keys
+    x = torch.randn(2, 20, 8, 9)
+    assert relative_error(layer(x), source(x)) < 1e-5
+
+
+def test_the_public_names():
+    for name in fdconv_zoo.__all__:
+        assert hasattr(fdconv_zoo, name)
