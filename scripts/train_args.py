@@ -27,22 +27,34 @@ Names that timm's own train script has mean the same here. docs/training.md tell
 """
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the layout of the examples, and shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False, {}):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser; every long option is also a key of a recipe file (``batch_size: 128``)."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train or fine-tune an image classifier: FDConv models and everything else timm knows.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="train.py [--config FILE] [--data-dir DIR] [--output DIR] [--resume] [options]",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
-    parser.add_argument("--config", type=Path, help="yaml file of options; the command line overrides it")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="yaml file of options; the command line overrides it"
+    )
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet50_fdconv", help="timm model name, with a tag to choose weights")
     group.add_argument("--pretrained", action=flag, default=False, help="start from the tag's weights")
-    group.add_argument("--initial-checkpoint", type=Path, help="start from the weights in this file")
+    group.add_argument("--initial-checkpoint", type=Path, metavar="FILE", help="start from the weights in this file")
     group.add_argument("--num-classes", type=int, help="classes (default: the model's)")
     group.add_argument("--in-chans", type=int, default=3, help="input channels; images are read as grey for 1")
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
@@ -60,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         help="timm data set: empty for folders and tars; torch/NAME, hfds/, hfids/, tfds/, wds/",
     )
-    group.add_argument("--train-split", default="train")
-    group.add_argument("--val-split", default="validation")
+    group.add_argument("--train-split", default="train", help="split, folder or shards to train on")
+    group.add_argument("--val-split", default="validation", help="the same for validation")
     group.add_argument("--train-num-samples", type=int, help="images in the training split (streams without metadata)")
     group.add_argument("--val-num-samples", type=int, help="images in the validation split (streams without metadata)")
     group.add_argument("--dataset-download", action=flag, default=False, help="let torch/ and hfids/ sets download")
@@ -83,9 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr"], help="training crop (default: rrc)")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area share of the random crop")
     group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of the random crop")
-    group.add_argument("--hflip", type=float, default=0.5)
-    group.add_argument("--vflip", type=float, default=0.0)
-    group.add_argument("--color-jitter", type=float, default=0.4)
+    group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip")
+    group.add_argument("--color-jitter", type=float, default=0.4, help="strength of the colour jitter")
     group.add_argument("--aa", help="AutoAugment policy, for instance rand-m9-mstd0.5-inc1")
     group.add_argument("--aug-repeats", type=float, default=0, help="repeated augmentation: copies of an image")
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing probability")
@@ -95,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cutmix", type=float, default=0.0, help="CutMix alpha")
     group.add_argument("--mixup-prob", type=float, default=1.0, help="share of batches that are mixed")
     group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="share of CutMix when both are on")
-    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
+    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="what shares a draw")
     group.add_argument("--mixup-off-epoch", type=int, default=0, help="stop mixing after this epoch (0: never)")
 
     group = parser.add_argument_group("loss")
@@ -105,13 +117,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimiser")
     group.add_argument("--opt", default="sgd", help="any of timm.optim.list_optimizers()")
-    group.add_argument("--opt-eps", type=float)
-    group.add_argument("--opt-betas", type=float, nargs="+")
-    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--opt-eps", type=float, help="epsilon (default: the optimiser's)")
+    group.add_argument("--opt-betas", type=float, nargs="+", help="betas (default: the optimiser's)")
+    group.add_argument("--momentum", type=float, default=0.9, help="of optimisers that have one")
     group.add_argument("--weight-decay", type=float, default=1e-4, help="biases and norms are never decayed")
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="NAME=VALUE")
+    group.add_argument(
+        "--opt-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="NAME=VALUE",
+        help="further arguments of the optimiser",
+    )  # fmt: skip
     group.add_argument("--clip-grad", type=float, help="gradient clipping value")
-    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm")
+    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what is clipped")
     group.add_argument("--layer-decay", type=float, help="factor of the rate from each layer group to the one below")
     group.add_argument(
         "--static-lr-scale", type=float, default=1.0,
@@ -120,34 +135,35 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--grad-accum-steps", type=int, default=1, help="backward passes an update")
 
     group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", type=int, default=100)
+    group.add_argument("--epochs", type=int, default=100, help="epochs of the schedule, warm-up included")
     group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
     group.add_argument("--lr-base", type=float, default=0.1, help="learning rate at --lr-base-size images an update")
-    group.add_argument("--lr-base-size", type=int, default=256)
+    group.add_argument("--lr-base-size", type=int, default=256, help="images an update that --lr-base is for")
     group.add_argument("--lr-base-scale", choices=["linear", "sqrt"], default="linear", help="how the rate follows")
     group.add_argument(
         "--sched", default="cosine",
         choices=["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"],
+        help="timm schedule, stepped each update",
     )  # fmt: skip
-    group.add_argument("--warmup-epochs", type=float, default=5)
-    group.add_argument("--warmup-lr", type=float, default=1e-5)
-    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
+    group.add_argument("--warmup-lr", type=float, default=1e-5, help="rate that the warm-up starts from")
+    group.add_argument("--min-lr", type=float, default=0.0, help="rate that the schedule ends with")
     group.add_argument("--decay-epochs", type=float, help="step length, or length of the wsd decay")
-    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270])
-    group.add_argument("--decay-rate", type=float, default=0.1)
+    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="of multistep")
+    group.add_argument("--decay-rate", type=float, default=0.1, help="factor of each step")
     group.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at --min-lr after the schedule")
     group.add_argument("--steps", type=int, help="stop after this many updates in all (dry runs)")
 
     group = parser.add_argument_group("moving average of the weights (EMA)")
-    group.add_argument("--model-ema", action=flag, default=False)
-    group.add_argument("--model-ema-decay", type=float, default=0.9998)
-    group.add_argument("--model-ema-warmup", action=flag, default=False)
+    group.add_argument("--model-ema", action=flag, default=False, help="average the weights, and validate the average")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998, help="share that an update keeps")
+    group.add_argument("--model-ema-warmup", action=flag, default=False, help="a smaller share at first")
 
     group = parser.add_argument_group("devices and speed")
     group.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     group.add_argument("--amp", action=flag, default=False, help="automatic mixed precision")
-    group.add_argument("--amp-dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    group.add_argument("--channels-last", action=flag, default=False)
+    group.add_argument("--amp-dtype", choices=["bfloat16", "float16"], default="bfloat16", help="its format")
+    group.add_argument("--channels-last", action=flag, default=False, help="memory layout that suits tensor cores")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model")
     group.add_argument("--sync-bn", action=flag, default=False, help="batch norm statistics over all processes")
 
@@ -161,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--eval-metric", choices=["top1", "top5", "loss"], default="top1", help="what is best")
     group.add_argument("--log-interval", type=int, default=50, help="updates between two lines")
     group.add_argument("--tensorboard", action=flag, default=False, help="write OUTPUT/tensorboard")
-    group.add_argument("--seed", type=int, default=42)
+    group.add_argument("--seed", type=int, default=42, help="seed of weights, order and augmentation")
     return parser
 
 

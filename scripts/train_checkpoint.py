@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 STATE_FILE = "last.state.pt"
+BEST_FILE = "model_best.safetensors"
 
 
 class CheckpointError(RuntimeError):

@@ -16,7 +16,15 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from train_args import recorded_args
-from train_checkpoint import STATE_FILE, copy_weights, random_state, save_state, save_weights, set_random_state
+from train_checkpoint import (
+    BEST_FILE,
+    STATE_FILE,
+    copy_weights,
+    random_state,
+    save_state,
+    save_weights,
+    set_random_state,
+)
 from train_data import BatchAugmentation, TrainLoader
 from train_log import RunLog
 from train_signals import StoppedError, StopSignals
@@ -211,7 +219,7 @@ class Trainer:
         if self.log is not None:
             if better:
                 last = "last_ema.safetensors" if self.task.has_ema() else "last.safetensors"
-                copy_weights(self.args.output / last, self.args.output / "model_best.safetensors")
+                copy_weights(self.args.output / last, self.args.output / BEST_FILE)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
             self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
@@ -259,9 +267,10 @@ class Trainer:
             "random": random_states,
         }
         save_state(state, self.args.output / STATE_FILE)
+        trained_epoch = self.progress.epoch - (self.progress.epoch_updates == 0)
+        facts = {"model": self.args.model, "epoch": trained_epoch, "update": self.progress.updates}
+        metadata = {key: str(value) for key, value in facts.items()}
         for name, tensors in weights.items():
-            facts = {"model": self.args.model, "epoch": self.progress.epoch, "update": self.progress.updates}
-            metadata = {key: str(value) for key, value in facts.items()}
             save_weights(tensors, self.args.output / f"{name}.safetensors", metadata)
 
     def _order(self) -> dict[str, int | float]:
@@ -307,6 +316,8 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        if not (self.args.output / BEST_FILE).exists():  # resumed into another directory: the next best counts
+            self.progress.best_metric = self.progress.best_epoch = None
         self._loss_sum.fill_(self.progress.loss_sum)
         self.scheduler.step_update(self.progress.updates)  # a function of the number of updates, without state
         set_random_state(state["random"][self.rank], self.device)

@@ -114,8 +114,9 @@ def test_two_processes_have_the_gradient_of_one_on_the_same_global_batch(photos,
 def test_two_processes_stopped_in_fdconv_training_resume_to_the_same_weights(photos, tmp_path):
     args = [*RECIPE, "--model", "resnet18_fdconv", "--data-dir", photos, "-j", 1, "--save-every-steps", 2]
     run(*args, "--output", tmp_path / "whole", processes=2)
-    code, _ = run_until("update 5/", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
+    code, output = run_until("update 5/", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
     assert code != 0
+    assert "stopped by SIGTERM and saved" in output
     run(*args, "--output", tmp_path / "stopped", "--resume", processes=2)
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
@@ -192,16 +193,19 @@ def test_resume_takes_the_rate_of_now(photos, tmp_path):
 def test_options_for_speed_leave_plain_checkpoints_and_resume(photos, tmp_path):
     options = ["--torchcompile", "eager", "--channels-last", "--amp", "--amp-dtype", "float16", "--model-ema"]
     options += ["--layer-decay", 0.8, "--opt", "lamb", "--grad-accum-steps", 2, "--clip-grad", 1, "--clip-mode", "agc"]
-    small_run(photos, tmp_path, *options, "--steps", 2)
+    options += ["--drop", 0.2, "--mixup", 0.2, "--reprob", 0.5]
+    small_run(photos, tmp_path / "whole", *options, "--steps", 4)
+    small_run(photos, tmp_path / "run", *options, "--steps", 2)
     model = timm.create_model("test_resnet", num_classes=2)
     for name in ("last", "last_ema", "model_best"):
-        load_checkpoint(model, tmp_path / f"{name}.safetensors")
-    state = load_state(tmp_path / "last.state.pt")
+        load_checkpoint(model, tmp_path / "run" / f"{name}.safetensors")
+    state = load_state(tmp_path / "run" / "last.state.pt")
     assert state["scaler"]["scale"] > 1
-    small_run(photos, tmp_path, *options, "--steps", 4, "--resume")
-    state = load_state(tmp_path / "last.state.pt")
+    small_run(photos, tmp_path / "run", *options, "--steps", 4, "--resume")
+    state = load_state(tmp_path / "run" / "last.state.pt")
     assert state["progress"]["updates"] == 4
     assert {int(group["step"]) for group in state["optimizer"]["param_groups"]} == {4}
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 def test_initial_weights_of_a_static_model_with_other_classes(tmp_path):
@@ -221,6 +225,8 @@ def test_logs(photos, tmp_path, caplog):
     small_run(photos, tmp_path, "--epochs", 2, "--tensorboard")
     assert re.search(r"epoch 1 \(100%\)  update 10/10  loss \d\.\d+  lr .*images/s  ETA 0:00:00", caplog.text)
     assert (tmp_path / "summary.csv").read_text().startswith("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,")
+    with safe_open(tmp_path / "last.safetensors", "pt") as weights:
+        assert weights.metadata() == {"model": "test_resnet", "epoch": "1", "update": "10"}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))
     assert [event.step for event in events.Scalars("eval/top1")] == [5, 10]
