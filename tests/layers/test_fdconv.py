@@ -11,6 +11,7 @@ from fdconv_zoo.layers import functional
 from tests import reference
 from tests.compare import assert_matches, randomise, relative_error
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 few = settings(max_examples=20, derandomize=True, deadline=None)
 
 # Cin, Cout, kernel, keywords of nn.Conv2d and FDConv2d, input (B, H, W)
