@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .matmul_fft import inverse_rfft2
+
 
 def band_index(rows: int, columns: int, num_bands: int, official_order: bool = False) -> Tensor:
     """Frequency group of every coefficient of a half spectrum (Sec. 3.1, "Fourier Disjoint Weight").
@@ -166,10 +168,13 @@ def synthesize(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int
     Returns:
         Weight matrices (B, R, C).
     """
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
-        half = torch.view_as_complex(spectrum * gather_gains(gains, math.sqrt(0.5), gain_index).unsqueeze(-1))
-        lines = torch.fft.ifft(half, dim=1, norm="ortho").contiguous()
+        half = spectrum * gather_gains(gains, math.sqrt(0.5), gain_index).unsqueeze(-1)
+        if not torch.jit.is_scripting():
+            if torch.onnx.is_in_onnx_export():
+                return inverse_rfft2(half, columns)
+        lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
         return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
     else:
         return _Synthesize.apply(spectrum, gains, gain_index, columns)
