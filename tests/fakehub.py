@@ -330,9 +330,10 @@ WRITES = ("create_repo", "preupload", "commit")
 @contextlib.contextmanager
 def as_endpoint(hub: FakeHub) -> Iterator[FakeHub]:
     """Within it, huggingface_hub in this process talks to `hub`, as HF_ENDPOINT and HF_HUB_DISABLE_XET have it."""
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    with (
-        hub,
-        mock.patch.multiple(constants, ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_DISABLE_XET=True),
-    ):
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_DISABLE_XET": True,
+    }
+    with hub, mock.patch.multiple(constants, create=True, **settings):  # the last is unknown to old versions
         yield hub
