@@ -67,4 +67,4 @@ def inverse_rfft2(spectrum: Tensor, columns: int) -> Tensor:
     weight = (2 - mirror.to(spectrum.dtype)) / math.sqrt(rows * columns)
     real, imaginary = inverse_dft(spectrum[..., 0] * weight, spectrum[..., 1] * weight, rows)
     real, _ = inverse_dft(real.transpose(1, 2), imaginary.transpose(1, 2), columns)
-    return real.transpose(1, 2)
+    return real.transpose(1, 2).contiguous()
