@@ -357,6 +357,26 @@ def test_autocast(layer, shape, recompute, dtype):
         assert relative_error(got, wanted) < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_backward_pass_inside_of_autocast_is_as_exact_as_the_dtype(recompute):
+    layer = randomise(FDConv2d(24, 32, 3, padding=1, num_bands=16, recompute=recompute)).eval()
+    x = torch.randn(2, 24, 6, 5, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(layer(x).float().sum(), inputs)
+        out = layer(x).float().sum()
+    for got, wanted in zip(inside, torch.autograd.grad(out, inputs), strict=True):
+        assert got.dtype == torch.float32
+        assert relative_error(got, wanted) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_recomputing_counts_a_batch_once():
+    layer = FDConv2d(24, 32, 3, recompute=True)
+    for batches in (1, 2):
+        layer(torch.randn(2, 24, 6, 5)).sum().backward()
+        assert layer.ksm.norm.num_batches_tracked == batches
+
+
 def test_autocast_can_be_disabled_inside():
     layer, x = FDConv2d(24, 32, 3), torch.randn(2, 24, 5, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
