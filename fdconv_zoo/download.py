@@ -101,19 +101,21 @@ def download_verified(
         raise ValueError(f"attempts must be at least 1, got {attempts}")
     try:
         check_repo_path(source.file)
-        found = try_to_load_from_cache(source.repo, source.file, cache_dir, source.commit)
+        cached = _find_cached(source, cache_dir)
     except ValueError as error:  # a name that can't be
         raise _failure(source, cache_dir, endpoint, 0, error) from None
-    cached = Path(found) if isinstance(found, str) else None
-    digest = source.sha256 or (_announced(cached) if cached else None)
-    # Hashed on every use, not once: it takes about 0.1 s per 100 MB, less than loading them, it needs no marker that
-    # could outlive the file it vouches for, and it sees a disk that went bad since.
-    intact = cached is not None and (digest is None or matches(cached, digest))
-    if cached and intact and digest and source.pinned:
-        return cached
-    force = cached is not None and not intact
-    if force:
-        _logger.warning("%s in the cache is corrupt; downloading it again", cached)
+    intact = None
+    for path in cached:
+        # Hashed on every use, not once: it takes about 0.1 s per 100 MB, less than loading them, it needs no marker
+        # that could outlive the file it vouches for, and it sees a disk that went bad since.
+        digest = source.sha256 or _announced(path)
+        if digest is None or matches(path, digest):
+            if digest and source.pinned:
+                return path
+            intact = path
+            break
+        _logger.warning("%s does not have the digest %s; downloading it again", path, digest)
+    force = bool(cached) and intact is None
 
     for attempt in itertools.count(1):
         try:
@@ -126,9 +128,9 @@ def download_verified(
                 )
             raise _failure(source, cache_dir, endpoint, attempt, error) from None
         except Exception as error:  # httpx's, requests', xet's or the disk's: all mean that there is no file
-            if cached and intact and _is_silence(error):
-                _logger.warning("%s does not answer; using %s from the cache", endpoint or constants.ENDPOINT, cached)
-                return cached
+            if intact and _is_silence(error):
+                _logger.warning("the Hub does not answer (%s); using %s from the cache", _describe(error), intact)
+                return intact
             corrupt_again = force and isinstance(error, CorruptFileError)
             if attempt == attempts or corrupt_again or not _is_transient(error):
                 raise _failure(source, cache_dir, endpoint, attempt, error) from None
@@ -139,6 +141,13 @@ def download_verified(
                 *(source.repo, source.file, attempt, attempts, _describe(error), wait),
             )
             time.sleep(wait)
+
+
+def _find_cached(source: Source, cache_dir: str | Path | None) -> list[Path]:
+    """Copies of the file in the cache: at its commit, or where the digest tells, also on the main branch."""
+    revisions = dict.fromkeys((source.commit, None) if source.sha256 else (source.commit,))
+    found = [try_to_load_from_cache(source.repo, source.file, cache_dir, revision) for revision in revisions]
+    return [Path(path) for path in found if isinstance(path, str)]
 
 
 def _download(source: Source, cache_dir: str | Path | None, endpoint: str | None, force: bool) -> Path:

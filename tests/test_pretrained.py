@@ -5,11 +5,12 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import hf_hub_download, scan_cache_dir
 from safetensors.torch import load, save, save_file
 
 from fdconv_zoo.download import Source, download_verified, redact
@@ -181,6 +182,15 @@ class TestErrors:
             hub.faults.append({"match": "_cdn", "mode": "reset"})
             path = download_verified(Source("org/tiny"), tmp_path, backoff=0.01)
         assert path.read_bytes() == weights()
+
+    def test_what_timm_has_cached_before_is_taken_where_the_digest_fits(self, hub, tmp_path):
+        hf_hub_download("org/tiny", FILE, cache_dir=tmp_path)
+        requests = len(hub.log)
+        source = Source("org/tiny", commit="1" * 40, sha256=sha256(weights()))
+        assert download_verified(source, tmp_path).read_bytes() == weights()
+        assert len(hub.log) == requests
+        with pytest.raises(PretrainedError):  # other content on the main branch is not mistaken for it
+            download_verified(replace(source, sha256="0" * 64), tmp_path)
 
     def test_leftovers_of_killed_downloads_go_and_live_ones_stay(self, hub, tmp_path):
         blobs = tmp_path / "models--org--tiny" / "blobs"
