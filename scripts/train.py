@@ -13,10 +13,8 @@ import torch.distributed as dist
 from models import load_checkpoint, read_checkpoint
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
-from timm.utils import random_seed
+from timm.utils import random_seed, unwrap_model
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 from train_args import parse_args, save_args
@@ -24,7 +22,7 @@ from train_checkpoint import STATE_FILE, CheckpointError, load_state
 from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from train_log import RunLog
 from train_loop import DivergedError, Trainer
-from train_optim import classifier_names, parameter_groups, scaled_learning_rate
+from train_optim import classifier_names, create_optimizer, create_schedule
 from train_signals import StoppedError, StopSignals
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
@@ -46,19 +44,24 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
     load_checkpoint(model, {**weights, **{key: own[key] for key in new}})
 
 
-def create_task(args: argparse.Namespace, device: torch.device) -> ClassificationTask:
-    """The model with its loss on its device, with EMA and compilation as asked for, not yet distributed."""
-    sizes = {} if args.num_classes is None else {"num_classes": args.num_classes}
+def create_task(args: argparse.Namespace, device: torch.device, resumed: bool) -> ClassificationTask:
+    """The model with its loss on its device, with EMA and compilation as asked for, not yet distributed.
+
+    Args:
+        args: Arguments of train.py.
+        device: Device of this process.
+        resumed: A checkpoint brings the weights, so that none are downloaded or read.
+    """
     model = timm.create_model(
         args.model,
-        pretrained=args.pretrained,
+        pretrained=args.pretrained and not resumed,
+        num_classes=args.num_classes,
         in_chans=args.in_chans,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
-        **sizes,
         **args.model_kwargs,
     )
-    if args.initial_checkpoint:
+    if args.initial_checkpoint and not resumed:
         load_initial_weights(model, args.initial_checkpoint)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -97,59 +100,26 @@ def create_trainer(
     state = load_state(state_path) if args.resume not in (None, "auto") or state_path.exists() else None
 
     random_seed(args.seed)  # the same initial weights in all processes
-    task = create_task(args, device)
-    model = task.get_trainable_module()
-    model = getattr(model, "_orig_mod", model)
+    task = create_task(args, device, resumed=state is not None)
+    model = unwrap_model(task.get_trainable_module())
     random_seed(args.seed, rank)
 
     data_config = resolve_data_config(vars(args), model=model)
     data_config["input_size"] = (args.in_chans, *data_config["input_size"][1:])
     train_set, val_set = create_datasets(args, model.num_classes, data_config["input_size"])
-    loaders = [
-        create(dataset, args, data_config, device, rank, world_size)
-        for create, dataset in ((TrainLoader, train_set), (create_validation_loader, val_set))
-    ]
-    global_batch = args.batch_size * args.grad_accum_steps * world_size
-    lr = args.lr or scaled_learning_rate(args.lr_base, args.lr_base_size, global_batch, args.lr_base_scale)
-    optional = {"eps": args.opt_eps, "betas": args.opt_betas}
-    optimizer = create_optimizer_v2(
-        model,
-        args.opt,
-        lr,
-        args.weight_decay,
-        args.momentum,
-        param_group_fn=lambda model: parameter_groups(
-            model,
-            weight_decay=args.weight_decay,
-            layer_decay=args.layer_decay,
-            static_lr_scale=args.static_lr_scale,
-        ),
-        **{name: value for name, value in optional.items() if value is not None},
-        **args.opt_kwargs,
-    )
-    updates = -(-len(loaders[0]) // args.grad_accum_steps)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        args.sched,
-        num_epochs=args.epochs,
-        decay_epochs=args.decay_epochs,
-        decay_milestones=args.decay_milestones,
-        cooldown_epochs=args.cooldown_epochs,
-        decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
+    train_loader = TrainLoader(train_set, args, data_config, device, rank, world_size)
+    val_loader = create_validation_loader(val_set, args, data_config, device, rank, world_size)
+    optimizer = create_optimizer(model, args, args.batch_size * args.grad_accum_steps * world_size)
+    updates = -(-len(train_loader) // args.grad_accum_steps)
+    scheduler, epochs = create_schedule(optimizer, args, updates)
     trainer = Trainer(
         args=args,
         task=task,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16"),
-        train_loader=loaders[0],
-        val_loader=loaders[1],
+        train_loader=train_loader,
+        val_loader=val_loader,
         augment=BatchAugmentation(args, model.num_classes, device),
         device=device,
         epochs=epochs,
@@ -164,22 +134,15 @@ def create_trainer(
     if rank == 0:
         args.output.mkdir(parents=True, exist_ok=True)
         save_args(args, args.output / "args.yaml")
-        done = trainer.progress
-        total = args.steps or epochs * updates
+        done, total = trainer.progress, args.steps or epochs * updates
         trainer.log = RunLog(args.output, total, done.epoch, done.updates, args.tensorboard)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         _logger.info(
-            f"{args.model}, {parameters / 1e6:.2f}M parameters, {model.num_classes} classes, "
-            f"images {data_config['input_size']}"
+            f"{args.model}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M parameters, "
+            f"{model.num_classes} classes, images {data_config['input_size']}; {world_size} x {device.type}, "
+            f"{args.batch_size * args.grad_accum_steps * world_size} images an update, {updates} updates an epoch"
         )
-        _logger.info(
-            f"{global_batch} images an update on {world_size} x {device.type}, lr {lr:.4g}; {updates} updates an epoch"
-        )
-        _logger.info(
-            f"resumed {state_path} in epoch {done.epoch} after update {done.updates}"
-            if state is not None
-            else "new run"
-        )
+        if state is not None:
+            _logger.info(f"resumed {state_path} in epoch {done.epoch} after update {done.updates}")
     return trainer
 
 
@@ -196,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with StopSignals() as stop:
             try:
                 trainer = create_trainer(args, torch.device(env["device"]), rank, env["world_size"], stop)
-            except (ValueError, RuntimeError, OSError) as error:
+            except (ValueError, TypeError, RuntimeError, OSError) as error:
                 sys.exit(f"train.py: error: {error}")
             trainer.fit()
         if rank == 0:

@@ -57,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--initial-checkpoint", type=Path, metavar="FILE", help="start from the weights in this file")
     group.add_argument("--num-classes", type=int, help="classes (default: the model's)")
     group.add_argument("--in-chans", type=int, default=3, help="input channels; images are read as grey for 1")
-    group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
-    group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate")
+    group.add_argument("--drop", type=float, help="dropout before the classifier")
+    group.add_argument("--drop-path", type=float, help="stochastic depth rate")
     group.add_argument(
         "--model-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="NAME=VALUE",
         help="further arguments of the model",

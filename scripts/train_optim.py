@@ -1,9 +1,13 @@
-"""Learning rate and parameter groups."""
+"""Learning rate, parameter groups, optimiser and schedule."""
 
+import argparse
 from typing import Any
 
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.optim import Optimizer
 
 MODULATION = (".ksm.", ".fbm.")
 
@@ -66,3 +70,40 @@ def parameter_groups(
         if inherited:
             split.append({**group, "params": inherited, "lr_scale": scale * static_lr_scale})
     return split
+
+
+def create_optimizer(model: nn.Module, args: argparse.Namespace, global_batch: int) -> Optimizer:
+    """timm's optimiser for the model.
+
+    Args:
+        model: Model, not wrapped.
+        args: Arguments of train.py.
+        global_batch: Images an update, over all processes and accumulated passes.
+    """
+    lr = args.lr
+    if lr is None:
+        lr = scaled_learning_rate(args.lr_base, args.lr_base_size, global_batch, args.lr_base_scale)
+    groups = parameter_groups(
+        model, weight_decay=args.weight_decay, layer_decay=args.layer_decay, static_lr_scale=args.static_lr_scale
+    )
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, **args.opt_kwargs}
+    given = {name: value for name, value in options.items() if value is not None}
+    return create_optimizer_v2(groups, args.opt, lr, momentum=args.momentum, **given)
+
+
+def create_schedule(optimizer: Optimizer, args: argparse.Namespace, updates_per_epoch: int) -> tuple[Scheduler, int]:
+    """timm's schedule, stepped each update, and the epochs of a whole run with it."""
+    return create_scheduler_v2(
+        optimizer,
+        args.sched,
+        num_epochs=args.epochs,
+        decay_epochs=args.decay_epochs,
+        decay_milestones=args.decay_milestones,
+        cooldown_epochs=args.cooldown_epochs,
+        decay_rate=args.decay_rate,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
