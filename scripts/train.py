@@ -118,6 +118,8 @@ def create_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16"),
+        autocast=torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp),
+        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
         train_loader=train_loader,
         val_loader=val_loader,
         augment=BatchAugmentation(args, model.num_classes, device),

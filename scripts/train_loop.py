@@ -11,10 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask, evaluation_sample_limit
-from timm.utils import dispatch_clip_grad, distribute_bn
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from timm.task import ClassificationTask
+from timm.utils import dispatch_clip_grad
 from train_args import recorded_args
 from train_checkpoint import (
     BEST_FILE,
@@ -28,6 +26,7 @@ from train_checkpoint import (
 from train_data import BatchAugmentation, TrainLoader
 from train_log import RunLog
 from train_signals import StoppedError, StopSignals
+from train_validate import evaluate
 
 _logger = logging.getLogger("train")
 
@@ -67,6 +66,8 @@ class Trainer:
         optimizer: Optimiser of the task's model.
         scheduler: timm's schedule, stepped each update.
         scaler: Gradient scaler, disabled but for float16.
+        autocast: Mixed precision of the forward pass, or disabled.
+        memory_format: Layout of the images.
         train_loader: Training batches.
         val_loader: Validation batches.
         augment: Augmentation of training batches.
@@ -84,6 +85,8 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    memory_format: torch.memory_format
     train_loader: TrainLoader
     val_loader: Any
     augment: BatchAugmentation
@@ -150,10 +153,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i in range(passes):
             images, labels = self.augment(*next(batches), self.progress.epoch)
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=self.memory_format)
             with self.task.no_sync() if i + 1 < passes else nullcontext():
-                with autocast(args, self.device):
+                with self.autocast:
                     loss = self.task(images, labels)["loss"] / passes
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -200,14 +202,10 @@ class Trainer:
 
     def _validate(self) -> None:
         """Evaluate the weights and their average, note the best, and report the epoch."""
-        if dist.is_initialized():
-            for ema in (False, True)[: 1 + self.task.has_ema()]:
-                # From the first process: its batch statistics are the ones DDP and the checkpoint keep.
-                distribute_bn(self.task.get_eval_model(ema=ema), self.world_size, reduce=False)
-        metrics = self._evaluate(self.task.get_eval_model())
+        metrics = evaluate(self.task, self.val_loader, self.autocast, self.memory_format)
         watched = metrics[self.args.eval_metric]
         if self.task.has_ema():
-            averaged = self._evaluate(self.task.get_eval_model(ema=True))
+            averaged = evaluate(self.task, self.val_loader, self.autocast, self.memory_format, ema=True)
             watched = averaged[self.args.eval_metric]
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         self._report_corrupt_images()
@@ -223,21 +221,6 @@ class Trainer:
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
             self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
-
-    @torch.no_grad()
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss, top-1 and top-5 accuracy (percent) over the validation set of all processes."""
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        model.eval()
-        evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.val_loader))
-        for images, labels in self.val_loader:
-            if self.args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with autocast(self.args, self.device):
-                output = model(images)
-            evaluator.update(output, labels)
-        return dict(evaluator.compute(distributed=dist.is_initialized()))
 
     def _report_corrupt_images(self) -> None:
         reports = gather(self.train_loader.corrupt_images())
@@ -321,11 +304,6 @@ class Trainer:
         self._loss_sum.fill_(self.progress.loss_sum)
         self.scheduler.step_update(self.progress.updates)  # a function of the number of updates, without state
         set_random_state(state["random"][self.rank], self.device)
-
-
-def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Mixed precision as the arguments ask for it."""
-    return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
 def gather(value: Any) -> list[Any]:
