@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
@@ -170,9 +171,23 @@ class FBM(nn.Module):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Modulated feature map, shape and dtype of x (B, C, H, W)."""
-        return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+    def forward(self, x: Tensor, recompute: bool = True) -> Tensor:
+        """Modulates a feature map.
+
+        Args:
+            x: Feature map (B, C, H, W).
+            recompute: Makes the filtered copies again in the backward pass; kept, they are several times the map.
+
+        Returns:
+            Map of the shape and dtype of `x`.
+        """
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+        else:
+            arguments = (x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+            if recompute and torch.is_grad_enabled():
+                return checkpoint(modulate_bands, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return modulate_bands(*arguments)
 
     def extra_repr(self) -> str:
         limits = ", ".join(f"{n}/{d}" for n, d in self.cutoffs)

@@ -14,9 +14,10 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
+from .eager import eager_conv2d
 from .fbm import FBM
 from .fdw import FDW, matrix_to_weight, weight_to_matrix
-from .functional import autocast_dtype, chunked_conv2d, dynamic_conv2d, without_autocast
+from .functional import autocast_dtype, dynamic_conv2d, without_autocast
 from .ksm import KSM
 
 
@@ -127,25 +128,24 @@ class _FDLayer(nn.Module):
         spectrum = self.fdw.exact_spectrum()
         gates, local_input = self.ksm(x.mean([2, 3], dtype=spectrum.dtype))
         bands = gates[0].to(spectrum.dtype)
-        channel = gates[1] if len(gates) > 1 else None
-        filter = gates[2] if len(gates) > 2 else None
-        position = gates[3] if len(gates) > 3 else None
-        local_weight = self.ksm.local_conv.weight if self.ksm.local_conv is not None else None
-        fbm_weight = self.fbm.weight if self.fbm is not None else None
-        fbm_bias = self.fbm.bias if self.fbm is not None else None
-        cutoffs = self.fbm.cutoffs if self.fbm is not None else [(1, 4)]
-        mask_grid = self.fbm.mask_grid if self.fbm is not None else None
-        index = self.fdw.gain_index
-        kernel = self.kernel_shape
-        if torch.jit.is_scripting():
+        channel = gates[1].to(spectrum.dtype) if len(gates) > 1 else None
+        filter = gates[2].to(spectrum.dtype) if len(gates) > 2 else None
+        position = gates[3].to(spectrum.dtype) if len(gates) > 3 else None
+        local_weight: Tensor | None = None
+        if self.ksm.local_conv is not None and local_input is not None:
+            local_weight = self.ksm.local_conv.weight.to(spectrum.dtype)
+            local_input = local_input.to(spectrum.dtype)
+        if self.fbm is not None:
+            x = self.fbm(x, self.recompute)
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
             out = dynamic_conv2d(
-                x, bands, channel, filter, position, local_input, spectrum, None, local_weight, fbm_weight, fbm_bias,
-                index, kernel, stride, padding, dilation, cutoffs, mask_grid, False, channels_last,
+                x, bands, channel, filter, position, local_input, spectrum, local_weight, self.fdw.gain_index,
+                self.kernel_shape, stride, padding, dilation,
             )  # fmt: skip
         else:
-            out = chunked_conv2d(
-                x, bands, channel, filter, position, local_input, spectrum, local_weight, fbm_weight, fbm_bias,
-                index, kernel, stride, padding, dilation, cutoffs, mask_grid, channels_last, self.recompute,
+            out = eager_conv2d(
+                x, bands, channel, filter, position, local_input, spectrum, local_weight, self.fdw.gain_index,
+                self.kernel_shape, stride, padding, dilation, channels_last, self.recompute,
             )  # fmt: skip
         bias = self.bias
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]

@@ -25,6 +25,37 @@ def local_kernel_size(in_channels: int) -> int:
     return round(math.log2(in_channels) / 2 + 0.5) // 2 * 2 + 1
 
 
+def channel_taps(pooled: Tensor, num_taps: int, kernel_width: int) -> Tensor:
+    """Neighbours of each channel, as the right-hand side of a matrix product (Sec. 3.2, local channel branch).
+
+    Args:
+        pooled: Normalised pooled input (B, Cin).
+        num_taps: Taps t of the convolution along the channel axis, odd.
+        kernel_width: kw. Each kernel column has filters of its own; a block pattern keeps them apart.
+
+    Returns:
+        Taps (B, kw*t, Cin*kw).
+    """
+    batch, channels = pooled.shape[0], pooled.shape[1]
+    padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
+    taps = torch.stack([padded[:, t : t + channels] for t in range(num_taps)], dim=1)
+    if kernel_width > 1:
+        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
+        taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
+    return taps
+
+
+def channel_taps_adjoint(grad: Tensor, kernel_width: int) -> Tensor:
+    """Gradient (B, Cin) of the input of :func:`channel_taps`, given that of its output (B, kw*t, Cin*kw)."""
+    batch, rows, columns = grad.shape
+    taps, channels = rows // kernel_width, columns // kernel_width
+    grad = grad.view(batch, kernel_width, taps, channels, kernel_width).diagonal(dim1=1, dim2=4).sum(-1)
+    padded = grad.new_zeros(batch, channels + taps - 1)
+    for t in range(taps):
+        padded[:, t : t + channels] += grad[:, t]
+    return padded[:, taps // 2 : taps // 2 + channels]
+
+
 def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
     """Logits of the dense gate, a convolution along the channel axis (Sec. 3.2, local channel branch).
 
@@ -36,16 +67,8 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
     Returns:
         Logits (B, Cout*kh, Cin*kw) in the layout of the weight matrix.
     """
-    batch, channels = pooled.shape
-    num_taps = weight.shape[2]
-    padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
-    taps = torch.stack([padded[:, t : t + channels] for t in range(num_taps)], dim=1)
-    if kernel_width > 1:
-        # Each kernel column has filters of its own: a block pattern keeps them apart in one matrix product.
-        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
-        taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
-    filters = weight.reshape(1, -1, kernel_width * num_taps)
-    return torch.bmm(filters.expand(batch, -1, -1), taps)
+    filters = weight.reshape(1, -1, kernel_width * weight.shape[2])
+    return torch.bmm(filters.expand(pooled.shape[0], -1, -1), channel_taps(pooled, weight.shape[2], kernel_width))
 
 
 class KSM(nn.Module):

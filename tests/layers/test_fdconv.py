@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import functional
+from fdconv_zoo.layers import eager
 from tests import reference
 from tests.compare import assert_matches, randomise, relative_error
 
@@ -145,7 +145,7 @@ def test_linear_of_a_view_that_is_not_contiguous():
 def test_chunks_change_nothing(name, recompute, samples, monkeypatch):
     config = (*CONFIGS[name][:4], (5, *CONFIGS[name][4][1:]))
     layer, x = layer_and_input(config, recompute=recompute)
-    monkeypatch.setattr(functional, "CPU_CHUNK", samples * layer.fdw.rows * layer.fdw.columns)
+    monkeypatch.setattr(eager, "CPU_CHUNK", samples * layer.fdw.rows * layer.fdw.columns)
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=1e-11)
 
 
@@ -153,8 +153,8 @@ def test_chunks_change_nothing(name, recompute, samples, monkeypatch):
 @pytest.mark.parametrize("places", [0, 1 << 30])
 @pytest.mark.parametrize("name", ["more samples than groups", "3x3 strides and paddings", "1x1 stride and padding"])
 def test_each_way_to_make_and_to_apply_the_weights(name, places, limit, monkeypatch):
-    monkeypatch.setattr(functional, "MATMUL_PLACES", places)
-    monkeypatch.setattr(functional, "BANK_LIMIT", limit)
+    monkeypatch.setattr(eager, "MATMUL_PLACES", places)
+    monkeypatch.setattr(eager, "BANK_LIMIT", limit)
     layer, x = layer_and_input(CONFIGS[name])
     assert_matches(layer.eval(), x, reference_of(layer, CONFIGS[name]), tol=1e-11)
     assert_matches(layer, x.contiguous(memory_format=torch.channels_last), reference_of(layer, CONFIGS[name]), 1e-11)
