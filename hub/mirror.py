@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     server = parser.add_argument_group("serving")
     server.add_argument("--serve", action="store_true", help="serve the --output folder as an HF_ENDPOINT")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0 for any that is free)")
     args = parser.parse_args(argv)
     if args.serve and not args.output:
         parser.error("--serve needs --output")

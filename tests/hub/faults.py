@@ -73,7 +73,7 @@ def served(**fault: object) -> Inject:
     @contextlib.contextmanager
     def inject(bench: Bench) -> Iterator[None]:
         bench.hub.faults.append({"match": FILE, **fault})
-        with mock.patch.object(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1):
+        with mock.patch.object(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2 if fault["mode"] == "stall" else 10):
             yield
         bench.hub.faults.clear()
 

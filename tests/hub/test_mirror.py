@@ -1,6 +1,6 @@
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -114,13 +114,9 @@ def test_cache_bundle_works_without_a_network(hub, tmp_path):
 def served(hub, tmp_path):
     """A mirror folder served by the real command in a process of its own; its address."""
     mirror.main(["--output", str(tmp_path / "mirror"), "org/tiny", "org/other"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hub.mirror", "--output", str(tmp_path / "mirror"), "--serve", "--port", str(port)]
+    command = [sys.executable, "-m", "hub.mirror", "--output", str(tmp_path / "mirror"), "--serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert f"HF_ENDPOINT=http://127.0.0.1:{port}" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}"
+        yield re.search(r"HF_ENDPOINT=(\S+)", process.stdout.readline())[1]
         process.terminate()
 
 
