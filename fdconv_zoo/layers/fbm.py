@@ -42,12 +42,12 @@ def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtyp
 
     Args:
         size: Pixels of the axis.
-        count: Even number of functions, at most `size` + 1.
+        count: Even number of functions; those above the Nyquist frequency are aliases.
         device: Device of the result.
         dtype: Dtype of the result.
 
     Returns:
-        Columns (size, count), orthonormal but for the second, which is zero.
+        Columns (size, count), orthonormal up to the Nyquist frequency but for the second, which is zero.
     """
     column = torch.arange(count, device=device)
     # Whole turns are dropped in integers, where they cost no precision.
@@ -70,8 +70,9 @@ def low_pass(x: Tensor, cutoff: float) -> Tensor:
 def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
     """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first."""
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    rows = fourier_basis(height, num_kept(height, cutoffs[0][0], cutoffs[0][1]), x.device, x.dtype)
-    columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]), x.device, x.dtype)
+    # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
+    rows = fourier_basis(height, num_kept(height, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
+    columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
     # Batched products of 3-D tensors: torch.matmul would copy the basis for every channel.
     maps = x.reshape(batch * channels, height, width)
     analysis = torch.matmul(maps, columns).transpose(1, 2).matmul(rows).transpose(1, 2)
