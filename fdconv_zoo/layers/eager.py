@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fdw import synthesize, transform, transform_adjoint
+from .fdw import adjoint_columns, adjoint_rows, row_blocks, synthesize, transform_columns, transform_rows
 from .functional import pad, position_gated, unfold
 from .ksm import channel_taps, channel_taps_adjoint
 
@@ -65,16 +65,14 @@ class _Weight:
     """The weights of a chunk of samples, and what the backward pass needs of the forward pass that made them.
 
     Attributes:
-        plain: FDW's weight matrices (B, R, C).
-        taps: Taps (B, kw*t, Cin*kw) of the dense gate, or None.
-        gate: The dense gate (B, R, C) without its factor of 2, or None.
-        gated: Weight matrices times the gate.
+        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2.
+        gate: That gate, or None.
+        taps: Its taps (B, kw*t, Cin*kw), or None.
     """
 
-    plain: Tensor
-    taps: Tensor | None
-    gate: Tensor | None
     gated: Tensor
+    gate: Tensor | None
+    taps: Tensor | None
 
     @classmethod
     def make(
@@ -86,18 +84,31 @@ class _Weight:
         local_weight: Tensor | None,
         gain_index: Tensor,
         columns: int,
-        in_place: bool,
+        keep_gate: bool,
     ) -> "_Weight":
-        """Makes the weights; `in_place` spares memory and leaves `gate` unfit for the backward pass."""
+        """Makes the weights, in blocks of rows; without `keep_gate` they have no backward pass."""
+        batch, rows = len(bands), len(gain_index)
+        taps = filters = None
+        if local_weight is not None:
+            taps = channel_taps(local_input, local_weight.shape[2], columns // local_input.shape[1])
+            filters = filters_of(local_weight, gain_index, taps)
         if bank is None:
-            plain = transform(spectrum, bands, gain_index, columns)
-        else:
-            plain = (bands @ bank.flatten(1)).view(-1, *bank.shape[1:])
-        if local_weight is None:
-            return cls(plain, None, None, plain)
-        taps = channel_taps(local_input, local_weight.shape[2], columns // local_input.shape[1])
-        gate = torch.bmm(filters_of(local_weight, gain_index, taps), taps).sigmoid_()
-        return cls(plain, taps, gate, gate.mul_(plain) if in_place else plain * gate)
+            lines = transform_rows(spectrum, bands, gain_index)
+        gated = spectrum.new_empty(batch, rows, columns)
+        gate = torch.empty_like(gated) if keep_gate and filters is not None else None
+        for block in row_blocks(gated):
+            if bank is None:
+                plain = transform_columns(lines[:, block], columns)
+            else:
+                plain = (bands @ bank[:, block].flatten(1)).view(batch, -1, columns)
+            if filters is None:
+                gated[:, block] = plain
+                continue
+            part = torch.bmm(filters[:, block], taps).sigmoid_()
+            if gate is not None:
+                gate[:, block] = part
+            torch.mul(part, plain, out=gated[:, block])
+        return cls(gated, gate, taps)
 
     def backward(
         self,
@@ -108,23 +119,41 @@ class _Weight:
         local_weight: Tensor | None,
         gain_index: Tensor,
         kernel_width: int,
-        need_source: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """Gradients of spectrum or bank, bands, local weight and local input, from that of `gated`, overwritten."""
-        grad_filters = grad_local = None
+        grad_source: Tensor | None,
+        grad_filters: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of bands and local input; those of spectrum or bank and of the local weight are added in place.
+
+        Args:
+            grad: Gradient of `gated`.
+            grad_source: Gradient of the spectrum or the bank to add to, or None.
+            grad_filters: Gradient of the local weight to add to, as (R, kw*t), or None.
+        """
+        grad_taps = filters = None
         if local_weight is not None:
-            grad_logits = torch.rsub(self.gate, 1).mul_(self.gated).mul_(grad)
-            grad_filters = torch.bmm(grad_logits, self.taps.mT).sum(0).view_as(local_weight)
             filters = filters_of(local_weight, gain_index, self.taps)
-            grad_local = channel_taps_adjoint(torch.bmm(filters.mT, grad_logits), kernel_width)
-            grad = grad.mul_(self.gate)
+            grad_taps = torch.zeros_like(self.taps)
         if bank is None:
-            grad_source, grad_bands = transform_adjoint(grad, spectrum, bands, gain_index, need_source)
-        else:
-            flat = grad.flatten(1)
-            grad_bands = flat @ bank.flatten(1).mT
-            grad_source = (bands.mT @ flat).view_as(bank) if need_source else None
-        return grad_source, grad_bands, grad_filters, grad_local
+            lines = spectrum.new_empty(*grad.shape[:2], spectrum.shape[1], dtype=spectrum.dtype.to_complex())
+        grad_bands = torch.zeros_like(bands)
+        for block in row_blocks(grad):
+            part = grad[:, block]
+            if filters is not None:
+                gate = self.gate[:, block]
+                logits = torch.rsub(gate, 1).mul_(self.gated[:, block]).mul_(part)
+                grad_filters[block] += torch.bmm(logits, self.taps.mT).sum(0)
+                grad_taps += torch.bmm(filters[:, block].mT, logits)
+                part = part * gate
+            if bank is None:
+                lines[:, block] = adjoint_columns(part)
+                continue
+            flat = part.flatten(1)
+            grad_bands += flat @ bank[:, block].flatten(1).mT
+            if grad_source is not None:
+                grad_source[:, block] += (bands.mT @ flat).view_as(bank[:, block])
+        if bank is None:
+            grad_bands = adjoint_rows(lines, spectrum, bands, gain_index, grad_source)
+        return grad_bands, None if grad_taps is None else channel_taps_adjoint(grad_taps, kernel_width)
 
 
 def filters_of(local_weight: Tensor, gain_index: Tensor, taps: Tensor) -> Tensor:
@@ -214,7 +243,7 @@ class _DynamicConv(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, gain_index: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.plan = plan
         output, weights = convolve_chunks(plan, gain_index, *tensors, keep=not plan.recompute)
-        kept = (tensor for weight in weights for tensor in (weight.plain, weight.taps, weight.gate, weight.gated))
+        kept = (tensor for weight in weights for tensor in (weight.gated, weight.gate, weight.taps))
         ctx.save_for_backward(gain_index, *tensors, *kept)
         return output
 
@@ -227,16 +256,19 @@ class _DynamicConv(torch.autograd.Function):
         need_x, need_source = ctx.needs_input_grad[2], any(ctx.needs_input_grad[8:10])
         kh, kw = plan.kernel_size
         parts: dict[str, list[Tensor]] = {key: [] for key in ("x", "bands", "channel", "filter", "position", "local")}
-        grad_source = grad_local_weight = None
+        grad_source = torch.zeros_like(spectrum if bank is None else bank) if need_source else None
+        grad_filters = (
+            None if local_weight is None else local_weight.new_zeros(len(gain_index), kw * local_weight.shape[2])
+        )
         for chunk, rows in enumerate(plan.chunks(len(x))):
             gated_x = x[rows] if channel is None else x[rows] * channel[rows].to(x.dtype)[:, :, None, None]
             if plan.recompute:
                 weight = _Weight.make(
                     bands[rows], take(local_input, rows), spectrum, bank, local_weight, gain_index, x.shape[1] * kw,
-                    in_place=False,
+                    keep_gate=True,
                 )  # fmt: skip
             else:
-                weight = _Weight(*saved[10 + 4 * chunk : 14 + 4 * chunk])
+                weight = _Weight(*saved[10 + 3 * chunk : 13 + 3 * chunk])
             batch, convolution = len(gated_x), _Convolution(gated_x, plan)
             grad_out = grad[rows]
             # With respect to the gated weight before the position and filter gates, so that neither is divided by.
@@ -261,20 +293,17 @@ class _DynamicConv(torch.autograd.Function):
                     parts["channel"].append((grad_x * x[rows]).sum((2, 3), dtype=channel.dtype))
                     grad_x = grad_x * channel[rows].to(x.dtype)[:, :, None, None]
                 parts["x"].append(grad_x)
-            source, grad_bands, filters, local = weight.backward(
-                grad_weight, bands[rows], spectrum, bank, local_weight, gain_index, kw, need_source
+            grad_bands, local = weight.backward(
+                grad_weight, bands[rows], spectrum, bank, local_weight, gain_index, kw, grad_source, grad_filters
             )
             parts["bands"].append(grad_bands)
-            if source is not None:
-                grad_source = source if grad_source is None else grad_source.add_(source)
             if local is not None:
                 parts["local"].append(local)
-                grad_local_weight = filters if grad_local_weight is None else grad_local_weight.add_(filters)
         joined = {key: torch.cat(value) if value else None for key, value in parts.items()}
         return (
             None, None, joined["x"] if need_x else None, joined["bands"], joined["channel"], joined["filter"],
             joined["position"], joined["local"], grad_source if bank is None else None,
-            None if bank is None else grad_source, grad_local_weight,
+            None if bank is None else grad_source, None if grad_filters is None else grad_filters.view_as(local_weight),
         )  # fmt: skip
 
 
@@ -302,7 +331,7 @@ def convolve_chunks(
     for rows in plan.chunks(len(x)):
         weight = _Weight.make(
             bands[rows], take(local_input, rows), spectrum, bank, local_weight, gain_index,
-            x.shape[1] * plan.kernel_size[1], in_place=not keep,
+            x.shape[1] * plan.kernel_size[1], keep_gate=keep,
         )  # fmt: skip
         if keep:
             weights.append(weight)
