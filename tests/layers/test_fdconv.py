@@ -187,6 +187,20 @@ def test_recomputing_leaves_frozen_parameters_alone():
     assert not layer(x).requires_grad
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["3x3", "3x3 of a large map", "1x1", "more samples than groups", "no ksm"])
+def test_parameters_get_the_same_gradients_where_the_input_needs_none(name, recompute):
+    layer, x = layer_and_input(CONFIGS[name], recompute=recompute)
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad(layer(x.requires_grad_()).sin().sum(), parameters)
+    got = torch.autograd.grad(layer(x.detach()).sin().sum(), parameters)
+    assert all(relative_error(a, b) < 1e-13 for a, b in zip(got, expected, strict=True))
+    layer.requires_grad_(False)
+    only_input = torch.autograd.grad(layer(x).sin().sum(), x)[0]
+    layer.requires_grad_(True)
+    assert relative_error(only_input, torch.autograd.grad(layer(x).sin().sum(), x)[0]) < 1e-13
+
+
 def test_recomputing_keeps_less_for_the_backward_pass():
     weights = 4 * 24 * 32 * 9
     largest = {}
