@@ -23,7 +23,7 @@ Include = Callable[[str, nn.Module], bool]
 # A layer with fewer channels on either side stays static: its spectrum has too few coefficients to divide.
 MIN_CHANNELS = 17
 STEMS = {"stem", "conv1", "conv_stem", "patch_embed"}
-SHORTCUTS = {"downsample", "shortcut"}
+SHORTCUTS = {"downsample", "shortcut", "proj"}
 CLASSIFIERS = {"head", "heads", "head_dist", "classifier", "fc", "AuxLogits", "aux_classifier"}
 MLPS = {"mlp", "ffn", "block"}
 SQUEEZE_EXCITE = ("SqueezeExcit", "SEModule", "SEBlock", "EffectiveSE")
@@ -53,7 +53,7 @@ class LayerReport:
 
 def named_fd_layers(model: nn.Module) -> Iterator[tuple[str, FDLayer]]:
     """Names and modules of the FDConv layers of a model; a lone layer has the empty name."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FDConv2d | FDLinear):
             yield name, module
 
@@ -69,18 +69,18 @@ def static_reason(name: str, layer: nn.Module, parent: nn.Module | None = None) 
         parent: The module that holds it.
     """
     parts = name.split(".")
+    if parts[0] in CLASSIFIERS:
+        return "classifier"
     if type(layer) not in (nn.Conv2d, nn.Linear):
         return f"a subclass ({type(layer).__name__}) that computes something else"
     if min(layer.weight.shape[:2]) < MIN_CHANNELS and getattr(layer, "groups", 1) == 1:
         return f"narrow: fewer than {MIN_CHANNELS} channels"
     if parts[0] in STEMS and len(parts) <= 2:
         return "stem"
-    if parts[0] in CLASSIFIERS:
-        return "classifier"
-    if SHORTCUTS.intersection(parts):
-        return "shortcut or downsampling between stages"
     if isinstance(layer, nn.Linear):
         return "" if MLPS.intersection(parts) else "linear layer outside an MLP"
+    if SHORTCUTS.intersection(parts):
+        return "shortcut or downsampling between stages"
     if layer.groups > 1:
         return f"groups={layer.groups}"
     if layer.padding_mode != "zeros":
@@ -117,9 +117,15 @@ def summary(model: nn.Module, include: Include | None = None) -> list[LayerRepor
     return reports
 
 
-def _keywords_of(layer_class: type[nn.Module], kwargs: dict[str, Any]) -> dict[str, Any]:
-    known = inspect.signature(layer_class).parameters
-    return {key: value for key, value in kwargs.items() if key in known}
+def _keywords_of(layer_class: type[nn.Module]) -> set[str]:
+    """Keyword arguments of a layer that its static source does not decide."""
+    parameters = inspect.signature(layer_class).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"device", "dtype"}
+
+
+def _place(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs: Any) -> nn.Module:
@@ -139,28 +145,30 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
     Raises:
         ValueError: If a keyword belongs to neither layer, or nothing was replaced.
     """
-    unknown = set(kwargs) - set(inspect.signature(FDConv2d).parameters)
-    if unknown:
-        raise ValueError(f"FDConv2d and FDLinear have no keyword argument {', '.join(sorted(unknown))}")
+    known = _keywords_of(FDConv2d)
+    if set(kwargs) - known:
+        raise ValueError(
+            f"unknown keyword {', '.join(sorted(set(kwargs) - known))}; known are {', '.join(sorted(known))}"
+        )
+    linear_kwargs = {key: value for key, value in kwargs.items() if key in _keywords_of(FDLinear)}
     replaced: dict[nn.Module, FDLayer] = {}
     layers = list(_static_layers(model, include))
-    for name, module, reason in layers:
-        if reason:
-            continue
-        if module not in replaced:
+    for _, module, reason in layers:
+        if not reason and module not in replaced:
             if isinstance(module, nn.Conv2d):
                 replaced[module] = FDConv2d.from_conv(module, **kwargs)
             else:
-                replaced[module] = FDLinear.from_linear(module, **_keywords_of(FDLinear, kwargs))
-        if not name:
-            return replaced[module]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replaced[module])
+                replaced[module] = FDLinear.from_linear(module, **linear_kwargs)
     if not replaced:
         raise ValueError(
             f"nothing to replace in {type(model).__name__}: "
             + ("; ".join(f"{name}: {reason}" for name, _, reason in layers) or "it has no convolution or linear layer")
         )
+    if model in replaced:
+        return replaced[model]
+    for name, module, reason in layers:
+        if not reason:
+            _place(model, name, replaced[module])
     _logger.info(f"{len(replaced)} of {len(layers)} layers are FDConv now; summary(model) lists them")
     return model
 
@@ -174,16 +182,12 @@ def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
     """
     layers = dict(named_fd_layers(model))
 
-    def place(name: str, module: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-
     twins = {name: layer.static_twin() for name, layer in layers.items()}
     for name, twin in twins.items():
-        place(name, twin)
+        _place(model, name, twin)
     initialize()
     for name, layer in layers.items():
-        place(name, layer)
+        _place(model, name, layer)
         layer.set_static(twins[name].weight, twins[name].bias)
 
 
@@ -214,11 +218,12 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
         prefix = f"{name}." if name else ""
         weight = out.pop(f"{prefix}weight", None)
         if weight is not None:
-            expected = layer.static_shape
-            if weight.numel() != layer.fdw.rows * layer.fdw.columns or weight.shape[0] != expected[0]:
-                wrong_shapes.append(f"{prefix}weight {tuple(weight.shape)} instead of {expected}")
+            # A pointwise convolution and a linear layer may take each other's weight.
+            shape, expected = tuple(weight.shape), layer.static_shape
+            if (*shape, 1, 1)[:4] != (*expected, 1, 1)[:4]:
+                wrong_shapes.append(f"{prefix}weight {shape} instead of {expected}")
                 continue
-            out[f"{prefix}fdw.spectrum"] = to_spectrum(weight_to_matrix(weight.view(expected)))
+            out[f"{prefix}fdw.spectrum"] = to_spectrum(weight_to_matrix(weight.view((*expected, 1, 1)[:4])))
         if f"{prefix}fdw.spectrum" in out:
             for key in layer.state_dict(prefix=prefix):
                 if key != f"{prefix}bias":
@@ -295,16 +300,22 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
-    missing = []
+    missing, wrong_shapes = [], []
     for name, layer in named_fd_layers(model):
         prefix = f"{name}." if name else ""
         if f"{prefix}dft_weight" not in state:
+            continue
+        shape, expected = tuple(state[f"{prefix}dft_weight"].shape), (1, *layer.fdw.spectrum.shape)
+        if shape != expected:
+            wrong_shapes.append(f"{prefix}dft_weight {shape} instead of {expected}")
             continue
         keys = [key for key in state if key.startswith(prefix)]
         converted = _convert_official_layer({key.removeprefix(prefix): state.pop(key) for key in keys}, layer)
         state.update({f"{prefix}{key}": value for key, value in converted.items()})
         needed = [key for key in layer.state_dict() if not key.endswith("num_batches_tracked")]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
+    if wrong_shapes:
+        raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {'; '.join(wrong_shapes)}")
     if missing:
         raise ValueError(f"the official state dict lacks {len(missing)} keys of FDConv layers: {', '.join(missing)}")
     return convert_static_state_dict(state, model)

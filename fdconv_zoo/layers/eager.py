@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fdw import adjoint_columns, adjoint_rows, row_blocks, synthesize, transform_columns, transform_rows
+from .fdw import (
+    adjoint_columns,
+    adjoint_rows,
+    refuse_second_derivatives,
+    row_blocks,
+    synthesize,
+    transform_columns,
+    transform_rows,
+)
 from .functional import pad, position_gated, unfold
 from .ksm import channel_taps, channel_taps_adjoint
 
@@ -248,8 +256,8 @@ class _DynamicConv(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         plan = ctx.plan
         saved = ctx.saved_tensors
         gain_index, x, bands, channel, filter, position, local_input, spectrum, bank, local_weight = saved[:10]
@@ -381,7 +389,20 @@ def eager_conv2d(
 
     Returns:
         Output (B, Cout, Hout, Wout), dtype of `x`.
+
+    Raises:
+        ValueError: If the padded input is smaller than the kernel.
     """
+    size = x.shape[2:]
+    spans = (padding[2] + padding[3], padding[0] + padding[1])
+    height, width = (
+        (n + span - d * (k - 1) - 1) // s + 1
+        for n, span, d, k, s in zip(size, spans, dilation, kernel_size, stride, strict=True)
+    )
+    if min(height, width) < 1:
+        raise ValueError(f"input of {size[0]}, {size[1]} pixels and padding {spans} are less than kernel {kernel_size}")
+    if len(x) == 0:
+        return x.new_zeros(0, gain_index.shape[0] // kernel_size[0], height, width)
     if padding[0] != padding[1] or padding[2] != padding[3]:
         x, padding = pad(x, padding), (0, 0, 0, 0)
     elements, columns = gain_index.shape[0] * x.shape[1] * kernel_size[1], x.shape[1] * kernel_size[1]
@@ -389,8 +410,7 @@ def eager_conv2d(
     if x.is_cuda:
         by_groups = kernel_size != (1, 1)
     else:
-        places = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
-        by_groups = places >= MATMUL_PLACES and not (channels_last and chunk > 1)
+        by_groups = height * width >= MATMUL_PLACES and not (channels_last and chunk > 1)
     plan = Plan(kernel_size, stride, (padding[2], padding[0]), dilation, chunk, by_groups, recompute)
     batch, num_bands = bands.shape
     bank = None

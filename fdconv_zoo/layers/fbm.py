@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# Cutoffs are fractions, so that what they keep is counted in integers.
+MAX_DENOMINATOR = 1 << 30
+
 
 def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
     """Raises a ValueError unless the cutoffs fall from at most 0.5 to above 0 cycles per pixel."""
@@ -60,7 +63,7 @@ def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtyp
 
 def low_pass(x: Tensor, cutoff: float) -> Tensor:
     """Keeps the frequencies of maps (..., H, W) with max(|fu|, |fv|) < cutoff cycles per pixel."""
-    fraction = Fraction(cutoff).limit_denominator(65536)
+    fraction = Fraction(cutoff).limit_denominator(MAX_DENOMINATOR)
     bases = [
         fourier_basis(n, num_kept(n, fraction.numerator, fraction.denominator), x.device, x.dtype) for n in x.shape[-2:]
     ]
@@ -160,7 +163,7 @@ class FBM(nn.Module):
         check_cutoffs(cutoffs)
         if mask_grid is not None and mask_grid < 2:
             raise ValueError(f"mask_grid={mask_grid}, but it must be None or at least 2")
-        fractions = [Fraction(c).limit_denominator(65536) for c in cutoffs]
+        fractions = [Fraction(c).limit_denominator(MAX_DENOMINATOR) for c in cutoffs]
         self.cutoffs = [(f.numerator, f.denominator) for f in fractions]
         self.mask_grid = mask_grid
         self.weight = nn.Parameter(torch.empty(len(cutoffs), channels, 3, 3, device=device, dtype=dtype))

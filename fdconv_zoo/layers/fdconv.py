@@ -89,17 +89,17 @@ class _FDLayer(nn.Module):
             self.bias.copy_(bias)
         self.reset_modulation()
 
-    @property
-    def static_shape(self) -> tuple[int, int, int, int]:
-        """Shape (Cout, Cin, kh, kw) of the static weight, kh = kw = 1 for a linear layer."""
-        kh, kw = self.kernel_shape
-        return self.fdw.rows // kh, self.fdw.columns // kw, kh, kw
+    def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
+        self.set_static(static.weight, static.bias)
+        self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(static.bias.requires_grad)
 
     @torch.no_grad()
     def _copy_static_to(self, twin: nn.Module, weight: Tensor) -> Any:
         twin.weight.copy_(weight).requires_grad_(self.fdw.spectrum.requires_grad)
         if self.bias is not None:
-            twin.bias.copy_(self.bias)
+            twin.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return twin.train(self.training)
 
     def _forward_map(
@@ -248,20 +248,26 @@ class FDConv2d(_FDLayer):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype, **kwargs,
         )  # fmt: skip
-        layer.set_static(conv.weight, conv.bias)
-        layer.fdw.spectrum.requires_grad_(conv.weight.requires_grad)
+        layer._adopt(conv)
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
+        if not x.is_floating_point():
+            raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
         if torch.jit.is_scripting():
             return self._forward_map(x, self.stride, self.pads, self.dilation, False)
         else:
             channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
             out = self._forward_map(x, self.stride, self.pads, self.dilation, channels_last)
             return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+
+    @property
+    def static_shape(self) -> tuple[int, ...]:
+        """Shape (Cout, Cin, kh, kw) of the static weight."""
+        return self.out_channels, self.in_channels, *self.kernel_size
 
     @torch.jit.ignore
     def static_twin(self) -> nn.Conv2d:
@@ -337,17 +343,23 @@ class FDLinear(_FDLayer):
             linear.in_features, linear.out_features, linear.bias is not None,
             device=linear.weight.device, dtype=linear.weight.dtype, **kwargs,
         )  # fmt: skip
-        layer.set_static(linear.weight, linear.bias)
-        layer.fdw.spectrum.requires_grad_(linear.weight.requires_grad)
+        layer._adopt(linear)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
-        tokens = x.reshape(x.shape[0], -1, self.in_features).transpose(1, 2).unsqueeze(-1)
+        if not x.is_floating_point():
+            raise ValueError(f"input of dtype {x.dtype}, but FDLinear takes floating-point numbers")
+        tokens = (x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)).transpose(1, 2).unsqueeze(-1)
         out = self._forward_map(tokens, (1, 1), (0, 0, 0, 0), (1, 1), True)
         return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features])
+
+    @property
+    def static_shape(self) -> tuple[int, ...]:
+        """Shape (Cout, Cin) of the static weight."""
+        return self.out_features, self.in_features
 
     @torch.jit.ignore
     def static_twin(self) -> nn.Linear:

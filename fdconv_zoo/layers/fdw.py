@@ -195,6 +195,15 @@ def adjoint_rows(
     return outer + inner * math.sqrt(2)
 
 
+def refuse_second_derivatives() -> None:
+    """Raises a RuntimeError in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "FDConv has no second derivatives in eager mode (create_graph=True); its traced form has: "
+            "fdconv_zoo.layers.functional.dynamic_conv2d"
+        )
+
+
 class _Synthesize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
@@ -202,8 +211,8 @@ class _Synthesize(torch.autograd.Function):
         return transform(spectrum, gains, gain_index, columns)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        refuse_second_derivatives()
         grad_spectrum = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[0] else None
         return grad_spectrum, adjoint_rows(adjoint_columns(grad), *ctx.saved_tensors, grad_spectrum), None, None
 

@@ -36,22 +36,14 @@ def unfold(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dil
         Patches (B, kh, C, kw, Hout, Wout).
     """
     kh, kw = kernel_size[0], kernel_size[1]
-    out_height = (x.shape[2] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    out_width = (x.shape[3] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     rows: list[Tensor] = []
     for i in range(kh):
-        top = i * dilation[0]
+        # Ends counted from the far side: a traced size is then in no doubt about what a slice holds.
+        top, bottom = i * dilation[0], x.shape[2] - (kh - 1 - i) * dilation[0]
         row: list[Tensor] = []
         for j in range(kw):
-            left = j * dilation[1]
-            row.append(
-                x[
-                    :,
-                    :,
-                    top : top + (out_height - 1) * stride[0] + 1 : stride[0],
-                    left : left + (out_width - 1) * stride[1] + 1 : stride[1],
-                ]
-            )
+            left, right = j * dilation[1], x.shape[3] - (kw - 1 - j) * dilation[1]
+            row.append(x[:, :, top : bottom : stride[0], left : right : stride[1]])
         rows.append(torch.stack(row, dim=2))
     return torch.stack(rows, dim=1)
 
@@ -151,7 +143,7 @@ def dynamic_conv2d(
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x would have: autocast's where it is on, else that of x."""
     device_type = x.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    if x.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return x.dtype
     return torch.get_autocast_dtype(device_type)
 

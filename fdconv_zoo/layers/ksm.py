@@ -164,6 +164,6 @@ class KSM(nn.Module):
             raise ValueError(
                 "KSM's BatchNorm can't train on a batch of 1: it would normalise one value per channel. Use a batch of "
                 "2 or more for each process, freeze the BatchNorm layers (module.eval(), or "
-                "timm.utils.freeze_batch_norm_2d), or build the layer with another norm_layer, e.g. "
+                "timm.layers.freeze_batch_norm_2d), or build the layer with another norm_layer, e.g. "
                 "norm_layer=functools.partial(nn.GroupNorm, 1)"
             )
