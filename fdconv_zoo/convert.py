@@ -69,12 +69,12 @@ def static_reason(name: str, layer: nn.Module, parent: nn.Module | None = None) 
         parent: The module that holds it.
     """
     parts = name.split(".")
+    if min(layer.weight.shape[:2]) < MIN_CHANNELS and getattr(layer, "groups", 1) == 1:
+        return f"narrow: fewer than {MIN_CHANNELS} channels"
     if parts[0] in CLASSIFIERS:
         return "classifier"
     if type(layer) not in (nn.Conv2d, nn.Linear):
         return f"a subclass ({type(layer).__name__}) that computes something else"
-    if min(layer.weight.shape[:2]) < MIN_CHANNELS and getattr(layer, "groups", 1) == 1:
-        return f"narrow: fewer than {MIN_CHANNELS} channels"
     if parts[0] in STEMS and len(parts) <= 2:
         return "stem"
     if isinstance(layer, nn.Linear):
@@ -148,7 +148,8 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
     known = _keywords_of(FDConv2d)
     if set(kwargs) - known:
         raise ValueError(
-            f"unknown keyword {', '.join(sorted(set(kwargs) - known))}; known are {', '.join(sorted(known))}"
+            f"FDConv2d and FDLinear have no keyword argument {', '.join(sorted(set(kwargs) - known))} to choose here, "
+            f"but {', '.join(sorted(known))}"
         )
     linear_kwargs = {key: value for key, value in kwargs.items() if key in _keywords_of(FDLinear)}
     replaced: dict[nn.Module, FDLayer] = {}
