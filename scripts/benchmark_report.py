@@ -1,0 +1,204 @@
+"""Results of ``benchmark.py``: JSON, tables in Markdown, a picture."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import fdconv_zoo
+
+Row = dict[str, Any]
+TITLES = {"static": "static", "fdconv": "FDConv", "literal": "literal equations"}
+MIB = 2**20
+
+
+def cpu_name() -> str:
+    """Return the name of the processor as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "fdconv_zoo": fdconv_zoo.__version__,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all, its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits with a unit that suits."""
+    value, unit = (
+        (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
+    )
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+
+
+def format_mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / MIB:,.0f}"
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table with columns that line up in a terminal too, the first to the left."""
+    table = [list(header), *map(list, lines)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])
+
+
+def full_table(rows: Sequence[Row]) -> str:
+    """Return a table of everything measured, a line for each workload of a pair."""
+    header = ["model", "mode", "batch", "size", "threads", "engine", "static", "FDConv", "ratio"]
+    header += ["peak MiB", "saved MiB", "Mparams", "GMACs"]
+    with_literal = any("literal" in row for row in rows)
+    if with_literal:
+        header += ["literal", "literal / FDConv"]
+    lines = []
+    for row in rows:
+        line = [str(row[key]) for key in ("model", "mode", "batch_size", "img_size", "threads", "engine")]
+        if "error" in row:
+            line += ["failed"] + ["-"] * (len(header) - len(line) - 1)
+            lines.append(line)
+            continue
+        static, fdconv = row["static"], row["fdconv"]
+        line += [format_seconds(static["seconds"]), format_seconds(fdconv["seconds"]), f"{row['ratio']:.2f}"]
+        for key in ("peak_bytes", "saved_bytes"):
+            line.append(f"{format_mib(static[key])} -> {format_mib(fdconv[key])}")
+        line.append(f"{static['parameters'] / 1e6:.2f} -> {fdconv['parameters'] / 1e6:.2f}")
+        line.append(f"{static['macs'] / 1e9:.2f} -> {fdconv['macs'] / 1e9:.2f}")
+        if with_literal:
+            literal = row.get("literal")
+            line += [format_seconds(literal["seconds"]), f"{literal['ratio_to_fdconv']:.1f}"] if literal else ["-", "-"]
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def _preset_lines(rows: Sequence[Row], workloads: Sequence[tuple[int, str]]) -> list[list[str]]:
+    """Lines of one pair: its static twin, FDConv, both compiled, and the literal equations, as far as measured."""
+    found = {(row["engine"], row["batch_size"], row["mode"]): row for row in rows if "error" not in row}
+    first = rows[0]
+    lines = []
+    for engine in ("eager", "compile"):
+        if not any(row["engine"] == engine for row in rows):
+            continue
+        suffix = "" if engine == "eager" else ", compiled"
+        static, fdconv = [first["static_model"] + suffix], [first["model"] + suffix]
+        for workload in workloads:
+            row = found.get((engine, *workload))
+            static.append(f"1x ({format_seconds(row['static']['seconds'])})" if row else "-")
+            both = row is not None and "ratio_to_eager_static" in row
+            of_eager = f" ({row['ratio_to_eager_static']:.2f}x)" if both else ""
+            fdconv.append(f"{row['ratio']:.2f}x{of_eager}" if row else "-")
+        trained = next((row for key, row in found.items() if key[0] == engine and key[2] == "train"), None)
+        for line, kind in ((static, "static"), (fdconv, "fdconv")):
+            saved = trained[kind]["saved_bytes"] if trained else None
+            line.append("-" if saved is None else f"{format_mib(saved)} MiB")
+        lines += [static, fdconv]
+    if any("literal" in row for row in rows):
+        literal = [f"{first['model']}, literal equations"]
+        for workload in workloads:
+            row = found.get(("eager", *workload), {})
+            literal.append(f"{row['literal']['ratio_to_static']:.1f}x" if "literal" in row else "-")
+        lines.append([*literal, "-"])
+    return lines
+
+
+def preset_table(rows: Sequence[Row]) -> str:
+    """Return the table of `--preset table`: ratios to the static twin of the same engine, a table a set of workloads.
+
+    A compiled model's ratio to the eager static twin follows in brackets.
+    """
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    pairs: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        pairs.setdefault((row["model"], row["threads"]), []).append(row)
+    for pair in pairs.values():
+        workloads = list(dict.fromkeys((row["batch_size"], row["mode"]) for row in pair))
+        titles = [
+            f"batch {batch} eval" if mode == "eval" else f"train step, batch {batch}" for batch, mode in workloads
+        ]
+        trained = [batch for batch, mode in workloads if mode == "train"]
+        titles.append(f"saved for backward, batch {trained[0]}" if trained else "saved for backward")
+        header = (f"{pair[0]['img_size']}x{pair[0]['img_size']}, threads: {pair[0]['threads']}", *titles)
+        tables.setdefault(header, []).extend(_preset_lines(pair, workloads))
+    return "\n\n".join(markdown(header, lines) for header, lines in tables.items())
+
+
+def lines_against(rows: Sequence[Row], axis: str) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """Collect the lines of a picture of seconds against `axis`, "img_size" or "batch_size", everything else fixed.
+
+    Returns:
+        Points (value on the axis, seconds) in rising order, by (workload, kind); lines of one point are left out.
+    """
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        fixed = f"batch {row['batch_size']}" if axis == "img_size" else f"{row['img_size']} px"
+        workload = f"{row['model']}, {row['mode']}, {row['engine']}, {fixed}, threads: {row['threads']}"
+        for kind in TITLES:
+            if kind in row:
+                lines.setdefault((workload, kind), []).append((row[axis], row[kind]["seconds"]))
+    return {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+
+
+def draw(rows: Sequence[Row], path: Path, title: str) -> bool:
+    """Draw seconds against image size and against batch, both axes logarithmic.
+
+    Returns:
+        False if no line has two points, and nothing is drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    labels = {"img_size": "image size in pixels a side", "batch_size": "batch size"}
+    panels = {axis: lines for axis in labels if (lines := lines_against(rows, axis))}
+    if not panels:
+        return False
+    styles = {"static": "--", "fdconv": "-", "literal": ":"}
+    markers = {"static": "s", "fdconv": "o", "literal": "^"}
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 8), squeeze=False, layout="constrained")
+    for axes, (axis, lines) in zip(all_axes[0], panels.items(), strict=True):
+        workloads = list(dict.fromkeys(workload for workload, _ in lines))
+        for (workload, kind), points in lines.items():
+            color = f"C{workloads.index(workload)}"
+            x, y = zip(*points, strict=True)
+            label = f"{workload}: {TITLES[kind]}"
+            axes.loglog(x, y, styles[kind], marker=markers[kind], color=color, label=label)
+        ticks = sorted({value for points in lines.values() for value, _ in points})
+        axes.set_xticks(ticks, minor=False)
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel(labels[axis])
+        axes.set_ylabel("seconds a pass")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
