@@ -1,3 +1,4 @@
+import re
 from copy import deepcopy
 from functools import partial
 
@@ -314,6 +315,56 @@ def test_device_dtype_and_training_mode_are_kept():
     assert model.conv2.training
     assert not any(module.training for module in model.mlp.modules())
     assert all(parameter.is_meta for parameter in convert_to_fdconv(Net().to("meta")).parameters())
+
+
+def test_reports_of_linear_layers_have_the_shape_of_their_weight():
+    model = nn.Sequential()
+    model.mlp = nn.Linear(20, 24)
+    before = summary(model)
+    assert before == summary(convert_to_fdconv(model))
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 3, 1), (20, 60)])
+def test_static_weights_of_another_shape_but_as_many_elements_are_listed(shape):
+    layer = FDConv2d(20, 20, (1, 3))
+    state = {"weight": torch.zeros(shape), "bias": torch.zeros(20)}
+    with pytest.raises(ValueError, match=re.escape(f"weight {shape} instead of (20, 20, 1, 3)")):
+        convert_static_state_dict(state, layer)
+
+
+def test_the_state_dict_of_a_module_with_two_names_is_converted():
+    state, model = Tied().state_dict(), convert_to_fdconv(Tied())
+    model.load_state_dict(convert_static_state_dict(state, model))
+    assert {report.name: report.reason for report in summary(model)} == {"first": "", "second": ""}
+
+
+@pytest.mark.parametrize("keyword", ["stride", "in_channels", "bias", "device"])
+def test_keywords_that_the_static_layer_decides_are_named(keyword):
+    with pytest.raises(ValueError, match=keyword):
+        convert_to_fdconv(nn.Sequential(nn.Conv2d(20, 24, 3)), **{keyword: 2})
+
+
+@pytest.mark.parametrize("shape", [(1, 10, 7, 2), (2, 72, 31, 2)])
+def test_official_spectra_of_another_shape_are_listed(shape):
+    with pytest.raises(ValueError, match=re.escape(f"dft_weight {shape}")):
+        convert_official_state_dict({"dft_weight": torch.zeros(shape)}, FDConv2d(20, 24, 3, mask_grid=64))
+
+
+def test_a_failed_conversion_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(200, 240, 3), nn.Conv2d(24, 20, 3))
+    with pytest.raises(ValueError, match="num_bands=9000"):
+        convert_to_fdconv(model, num_bands=9000)
+    assert [type(module) for module in model] == [nn.Conv2d, nn.Conv2d]
+
+
+def test_projection_shortcuts_of_torchvision_regnets_stay_static():
+    found = {report.name: report.reason for report in summary(torchvision.models.regnet_y_400mf())}
+    assert found["trunk_output.block4.block4-0.proj.0"] == "shortcut or downsampling between stages"
+
+
+def test_the_classifier_of_a_mobilenetv3_is_called_so():
+    found = {report.name: report.reason for report in summary(timm.create_model("mobilenetv3_small_100"))}
+    assert found["classifier"] == "classifier"
 
 
 # --- parameters and initialisation of the zoo's models

@@ -145,6 +145,13 @@ def test_impossible_mask_grids_are_named(grid):
         FBM(4, mask_grid=grid)
 
 
+def test_the_smallest_cutoffs_keep_the_mean():
+    fbm = randomise(FBM(4, (1 / 4, 1e-6), dtype=torch.float64))
+    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    expected = torch.stack([reference.fbm(s, fbm.weight, fbm.bias, (1 / 4, 1e-6)) for s in x])
+    assert relative_error(fbm(x), expected) < 1e-12
+
+
 def test_the_cutoffs_are_fractions_in_lowest_terms():
     assert FBM(4).cutoffs == CUTOFFS
     assert FBM(4, (1 / 3, 0.1)).cutoffs == [(1, 3), (1, 10)]

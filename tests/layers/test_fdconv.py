@@ -1,4 +1,6 @@
 import gc
+import importlib
+import re
 from functools import partial
 
 import pytest
@@ -510,6 +512,55 @@ def test_a_batch_of_one_in_training_is_an_error_for_layers_too():
         with pytest.raises(ValueError, match="BatchNorm can't train on a batch of 1"):
             layer(x)
         layer.eval()(x)
+
+
+def test_functions_named_in_the_batchnorm_error_exist():
+    with pytest.raises(ValueError, match="batch of 1") as error:
+        FDConv2d(20, 24, 3)(torch.zeros(1, 20, 5, 5))
+    module, name = re.search(r"(timm\.\w+)\.(freeze_batch_norm_2d)", str(error.value)).groups()
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_a_frozen_bias_stays_frozen():
+    conv, linear = nn.Conv2d(20, 24, 3), nn.Linear(20, 24)
+    conv.bias.requires_grad_(False)
+    linear.bias.requires_grad_(False)
+    assert not FDConv2d.from_conv(conv).bias.requires_grad
+    assert not FDLinear.from_linear(linear).bias.requires_grad
+    assert not FDConv2d.from_conv(conv).static_twin().bias.requires_grad
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 1), (1, 9)])
+def test_inputs_smaller_than_the_kernel_are_named(size):
+    with pytest.raises(ValueError, match=f"{size[0]}, {size[1]}"):
+        FDConv2d(20, 24, 3).eval()(torch.zeros(2, 20, *size))
+
+
+def test_integer_inputs_are_named():
+    for layer, x in ((FDConv2d(20, 24, 1), torch.zeros(2, 20, 5, 5)), (FDLinear(20, 24), torch.zeros(2, 20))):
+        with pytest.raises(ValueError, match="int64"):
+            layer.eval()(x.long())
+
+
+@pytest.mark.parametrize("size", [5, 25])
+def test_an_empty_batch(size):
+    assert FDConv2d(20, 24, 3).eval()(torch.zeros(0, 20, size, size)).shape == (0, 24, size - 2, size - 2)
+    assert FDLinear(20, 24).eval()(torch.zeros(0, size, 20)).shape == (0, size, 24)
+
+
+def test_autocast_leaves_float64_alone_as_it_does_for_conv2d():
+    conv, x = nn.Conv2d(20, 24, 3, dtype=torch.float64), torch.zeros(2, 20, 5, 5, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv(x).dtype == torch.float64
+        assert FDConv2d.from_conv(conv)(x).dtype == torch.float64
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    layer = FDConv2d(20, 24, 3)
+    x = torch.randn(2, 20, 5, 5, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        grad.sum().backward()
 
 
 # --- construction on the meta device
