@@ -265,9 +265,9 @@ class FDConv2d(_FDLayer):
             return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
     @property
-    def static_shape(self) -> tuple[int, ...]:
+    def static_shape(self) -> tuple[int, int, int, int]:
         """Shape (Cout, Cin, kh, kw) of the static weight."""
-        return self.out_channels, self.in_channels, *self.kernel_size
+        return self.out_channels, self.in_channels, self.kernel_size[0], self.kernel_size[1]
 
     @torch.jit.ignore
     def static_twin(self) -> nn.Conv2d:
@@ -357,7 +357,7 @@ class FDLinear(_FDLayer):
         return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features])
 
     @property
-    def static_shape(self) -> tuple[int, ...]:
+    def static_shape(self) -> tuple[int, int]:
         """Shape (Cout, Cin) of the static weight."""
         return self.out_features, self.in_features
 
