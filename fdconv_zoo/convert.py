@@ -59,7 +59,7 @@ def named_fd_layers(model: nn.Module) -> Iterator[tuple[str, FDLayer]]:
 
 
 def static_reason(name: str, layer: nn.Module, parent: nn.Module | None = None) -> str:
-    """Why a convolution or linear layer stays static (Sec. 4, DESIGN 1.4), or an empty string if it is replaced.
+    """Why a convolution or linear layer stays static (Sec. 4), or an empty string if it is replaced.
 
     Replaced are the convolutions of a network's blocks and the linear layers of its MLPs.
 
@@ -256,7 +256,7 @@ OFFICIAL_FBM = "FBM.freq_weight_conv_list."
 
 
 def _convert_official_layer(state: dict[str, Tensor], layer: FDLayer) -> dict[str, Tensor]:
-    """Renames the official state of one layer (DESIGN 1.5); what has no counterpart keeps its name."""
+    """Renames the official state of one layer; what has no counterpart keeps its name."""
     out = {}
     spectrum = state.pop("dft_weight").squeeze(0)
     rows, columns = layer.fdw.rows, layer.fdw.columns

@@ -62,7 +62,7 @@ def _create_fdconv_mobilenet(variant: str, pretrained: bool = False, **kwargs: A
         variant,
         pretrained,
         checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

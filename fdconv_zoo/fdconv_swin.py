@@ -65,7 +65,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 def _create_fdconv_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> FDConvSwin:
     feature_cfg = dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), flatten_sequential=True)
-    if kwargs.get("features_only"):
+    if kwargs.get("features_only") and kwargs.get("feature_cls", "getter") == "getter":
         feature_cfg["feature_cls"] = "getter"
         kwargs.setdefault("strict_img_size", False)
         kwargs.setdefault("always_partition", True)

@@ -14,10 +14,11 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
-from .eager import eager_conv2d
+from . import compiled  # noqa: F401  registers the operators of torch.compile
+from .eager import Inputs, eager_conv2d
 from .fbm import FBM
 from .fdw import FDW, matrix_to_weight, weight_to_matrix
-from .functional import autocast_dtype, dynamic_conv2d, without_autocast
+from .functional import autocast_dtype, dynamic_conv2d, is_exporting, without_autocast
 from .ksm import KSM
 
 
@@ -137,16 +138,16 @@ class _FDLayer(nn.Module):
             local_input = local_input.to(spectrum.dtype)
         if self.fbm is not None:
             x = self.fbm(x, self.recompute)
-        if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
             out = dynamic_conv2d(
                 x, bands, channel, filter, position, local_input, spectrum, local_weight, self.fdw.gain_index,
                 self.kernel_shape, stride, padding, dilation,
             )  # fmt: skip
         else:
+            inputs = Inputs(x, bands, channel, filter, position, local_input, spectrum, local_weight)
             out = eager_conv2d(
-                x, bands, channel, filter, position, local_input, spectrum, local_weight, self.fdw.gain_index,
-                self.kernel_shape, stride, padding, dilation, channels_last, self.recompute,
-            )  # fmt: skip
+                inputs, self.fdw.gain_index, self.kernel_shape, stride, padding, dilation, channels_last, self.recompute
+            )
         bias = self.bias
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 

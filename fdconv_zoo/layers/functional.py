@@ -148,6 +148,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type)
 
 
+def is_exporting() -> bool:
+    """Whether plain operations are wanted, for torch.export and the exporters built on it."""
+    if torch.jit.is_scripting():
+        return True
+    if not hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_compiling()
+    return torch.compiler.is_exporting()
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Context in which operations keep the dtype of their inputs."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):

@@ -1,0 +1,87 @@
+"""The eager convolution as operators of torch.compile, which fuses what is around them.
+
+Inductor has no kernels for complex numbers, and unrolling the samples would make graphs that take minutes to compile.
+"""
+
+import torch
+from torch import Tensor
+
+from .eager import Inputs, Plan, backward_pass, forward_pass, output_size
+
+INPUTS = (
+    "Tensor x, Tensor bands, Tensor? channel, Tensor? filter, Tensor? position, Tensor? local_input, Tensor spectrum, "
+    "Tensor? local_weight, Tensor gain_index"
+)
+GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channels_last"
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Memory format of outputs and of the input's gradient: that of the input."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def make_plan(inputs: Inputs, gain_index: Tensor, geometry: tuple[list[int], ...], channels_last: bool) -> Plan:
+    """Plan for geometry that the dispatcher hands over as lists."""
+    return Plan.make(inputs, gain_index, *(tuple(pair) for pair in geometry), channels_last)
+
+
+@torch.library.custom_op("fdconv_zoo::conv2d", mutates_args=(), schema=f"({INPUTS}, {GEOMETRY}) -> Tensor")
+def conv2d(*arguments: object) -> Tensor:
+    """:func:`~fdconv_zoo.layers.eager.forward_pass` with a fixed memory format."""
+    inputs, gain_index, geometry, channels_last = split(arguments)
+    output, _ = forward_pass(make_plan(inputs, gain_index, geometry, channels_last), gain_index, inputs)
+    return output.contiguous(memory_format=memory_format(channels_last))
+
+
+@conv2d.register_fake
+def _(*arguments: object) -> Tensor:
+    inputs, gain_index, geometry, channels_last = split(arguments)
+    size = output_size(inputs.x.shape[2:], *geometry)
+    shape = (inputs.x.shape[0], gain_index.shape[0] // geometry[0][0], *size)
+    return torch.empty(shape, dtype=inputs.x.dtype, device=inputs.x.device, memory_format=memory_format(channels_last))
+
+
+@torch.library.custom_op(
+    "fdconv_zoo::conv2d_backward", mutates_args=(), schema=f"(Tensor grad, {INPUTS}, {GEOMETRY}) -> Tensor[]"
+)
+def conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
+    """:func:`~fdconv_zoo.layers.eager.backward_pass`, for the inputs that are not None."""
+    inputs, gain_index, geometry, channels_last = split(arguments)
+    plan = make_plan(inputs, gain_index, geometry, channels_last)
+    grads = backward_pass(plan, gain_index, inputs, grad, None)
+    return [
+        value.contiguous(memory_format=memory_format(channels_last and value.dim() == 4))
+        for value in grads
+        if value is not None
+    ]
+
+
+@conv2d_backward.register_fake
+def _(grad: Tensor, *arguments: object) -> list[Tensor]:
+    inputs, _, _, channels_last = split(arguments)
+    return [
+        torch.empty_like(value, memory_format=memory_format(channels_last and value.dim() == 4))
+        for value in inputs
+        if value is not None
+    ]
+
+
+def split(arguments: tuple[object, ...]) -> tuple[Inputs, Tensor, tuple[list[int], ...], bool]:
+    """Arguments of the operators: inputs, gain_index, geometry, channels_last."""
+    return Inputs(*arguments[:8]), arguments[8], arguments[9:13], arguments[13]
+
+
+def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    """Keeps the inputs."""
+    ctx.save_for_backward(*inputs[:9])
+    ctx.arguments = inputs[9:]
+
+
+def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments."""
+    saved = ctx.saved_tensors
+    grads = iter(torch.ops.fdconv_zoo.conv2d_backward(grad, *saved, *ctx.arguments))
+    return *(None if tensor is None else next(grads) for tensor in saved[:8]), None, *(None for _ in ctx.arguments)
+
+
+conv2d.register_autograd(backward, setup_context=setup_context)

@@ -1,0 +1,115 @@
+"""The weights of a chunk of samples in eager mode, spectrum to gated weight, with a backward pass by hand.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783
+
+All elementwise work is done in blocks of rows that stay in a CPU's cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fdw import adjoint_columns, adjoint_rows, row_blocks, transform_columns, transform_rows
+from .ksm import channel_taps, channel_taps_adjoint
+
+
+@dataclass
+class SampleWeight:
+    """The weights of a chunk of samples, and what the backward pass needs of the forward pass that made them.
+
+    Attributes:
+        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2.
+        gate: That gate, or None.
+        taps: Its taps (B, kw*t, Cin*kw), or None.
+    """
+
+    gated: Tensor
+    gate: Tensor | None
+    taps: Tensor | None
+
+    @classmethod
+    def make(
+        cls,
+        bands: Tensor,
+        local_input: Tensor | None,
+        spectrum: Tensor,
+        bank: Tensor | None,
+        local_weight: Tensor | None,
+        gain_index: Tensor,
+        columns: int,
+        keep_gate: bool,
+    ) -> "SampleWeight":
+        """Makes the weights, in blocks of rows; without `keep_gate` they have no backward pass."""
+        batch, rows = len(bands), len(gain_index)
+        taps = filters = None
+        if local_weight is not None:
+            taps = channel_taps(local_input, local_weight.shape[2], columns // local_input.shape[1])
+            filters = filters_of(local_weight, gain_index, taps)
+        if bank is None:
+            lines = transform_rows(spectrum, bands, gain_index)
+        gated = spectrum.new_empty(batch, rows, columns)
+        gate = torch.empty_like(gated) if keep_gate and filters is not None else None
+        for block in row_blocks(gated):
+            if bank is None:
+                plain = transform_columns(lines[:, block], columns)
+            else:
+                plain = (bands @ bank[:, block].flatten(1)).view(batch, -1, columns)
+            if filters is None:
+                gated[:, block] = plain
+                continue
+            part = torch.bmm(filters[:, block], taps).sigmoid_()
+            if gate is not None:
+                gate[:, block] = part
+            torch.mul(part, plain, out=gated[:, block])
+        return cls(gated, gate, taps)
+
+    def backward(
+        self,
+        grad: Tensor,
+        bands: Tensor,
+        spectrum: Tensor,
+        bank: Tensor | None,
+        local_weight: Tensor | None,
+        gain_index: Tensor,
+        kernel_width: int,
+        grad_source: Tensor | None,
+        grad_filters: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of bands and local input; those of spectrum or bank and of the local weight are added in place.
+
+        Args:
+            grad: Gradient of `gated`.
+            grad_source: Gradient of the spectrum or the bank to add to, or None.
+            grad_filters: Gradient of the local weight to add to, as (R, kw*t), or None.
+        """
+        grad_taps = filters = None
+        if local_weight is not None:
+            filters = filters_of(local_weight, gain_index, self.taps)
+            grad_taps = torch.zeros_like(self.taps)
+        if bank is None:
+            lines = spectrum.new_empty(*grad.shape[:2], spectrum.shape[1], dtype=spectrum.dtype.to_complex())
+        grad_bands = torch.zeros_like(bands)
+        for block in row_blocks(grad):
+            part = grad[:, block]
+            if filters is not None:
+                gate = self.gate[:, block]
+                logits = torch.rsub(gate, 1).mul_(self.gated[:, block]).mul_(part)
+                grad_filters[block] += torch.bmm(logits, self.taps.mT).sum(0)
+                grad_taps += torch.bmm(filters[:, block].mT, logits)
+                part = part * gate
+            if bank is None:
+                lines[:, block] = adjoint_columns(part)
+                continue
+            flat = part.flatten(1)
+            grad_bands += flat @ bank[:, block].flatten(1).mT
+            if grad_source is not None:
+                grad_source[:, block] += (bands.mT @ flat).view_as(bank[:, block])
+        if bank is None:
+            grad_bands = adjoint_rows(lines, spectrum, bands, gain_index, grad_source)
+        return grad_bands, None if grad_taps is None else channel_taps_adjoint(grad_taps, kernel_width)
+
+
+def filters_of(local_weight: Tensor, gain_index: Tensor, taps: Tensor) -> Tensor:
+    """The dense gate's convolution weight as the left-hand side (B, R, kw*t) of its matrix product."""
+    return local_weight.view(1, len(gain_index), -1).expand(len(taps), -1, -1)
