@@ -49,7 +49,7 @@ model = timm.create_model("resnet50_fdconv.a1_in1k_converted", pretrained=True)
 Verified:
 
 - Conversion on random weights: every architecture below gives the outputs of its static base, to a relative error of
-  1e-4 in float32 (`pytest -m slow tests/hub/test_model_cards.py`).
+  1e-8 in float64 (`pytest -m slow tests/hub/test_model_cards.py`).
 - Conversion on trained weights: only `mobilenetv2_100_fdconv`, with torchvision's ImageNet weights, which are not
   those of its tag (`make demo`).
 - Parameters and GMACs: counted from the models' shapes (`fdconv_zoo.cost`).

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from fdconv_zoo import convert_static_state_dict, static_twin
 from fdconv_zoo.pretrained import find_source
@@ -118,12 +119,18 @@ def test_every_architecture_computes_what_its_static_base_does(name):
     torch.manual_seed(0)
     size = SMALL.get(name.removesuffix("_fdconv"), 64)
     options = {"img_size": size} if name.startswith("swin") else {}
-    static = randomise_norms(timm.create_model(static_twin(name), num_classes=10, **options)).eval()
+    static = randomise_norms(timm.create_model(static_twin(name), num_classes=10, **options)).eval().double()
+    batch_norms = [module for module in static.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
+        if batch_norms:  # statistics that fit, or a deep ResNet's output no longer depends on its input
+            for norm in batch_norms:
+                norm.momentum = 1.0
+            static.train()(torch.randn(8, 3, size, size, dtype=torch.float64))
+            static.eval()
         static.get_classifier().weight.normal_(std=0.1)
-        model = timm.create_model(name, num_classes=10, **options).eval()
+        model = timm.create_model(name, num_classes=10, **options).eval().double()
         model.load_state_dict(convert_static_state_dict(static.state_dict(), model))
-        images = torch.randn(2, 3, size, size)
+        images = torch.randn(2, 3, size, size, dtype=torch.float64)
         expected = static(images)
-        assert (expected[0] - expected[1]).norm() > 0.01 * expected.norm()
-        assert relative_error(model(images), expected) < 1e-4
+        assert (expected[0] - expected[1]).norm() > 0.05 * expected.norm()
+        assert relative_error(model(images), expected) < 1e-8
