@@ -3,6 +3,7 @@
 
 import argparse
 import gc
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -168,7 +169,10 @@ def describe(row: Row) -> str:
 def run_plan(plan: Plan, args: argparse.Namespace, rows: list[Row], save: Callable[[], None]) -> None:
     """Measure everything, append to `rows`, and call `save` after every measurement.
 
-    A pair or a workload that fails (memory, an image size, a compiler) is a row with its `error`; the others go on.
+    A workload that fails (memory, a compiler) is a row with its `error`; the others go on.
+
+    Raises:
+        ValueError, RuntimeError: A pair can't be built, or not with that image size.
     """
     total = sum(len(workloads) for _, workloads in plan) * len(args.threads)
     count = 0
@@ -222,33 +226,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "cpu": cpu_name(),
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "device": device,
         "settings": {key: str(value) for key, value in vars(args).items()},
         "rows": rows,
     }
-    interrupted = False
+    ending = None
     try:
         run_plan(plan, args, rows, lambda: write_json(args.results_file, result))
     except KeyboardInterrupt:
-        interrupted = True
-        print("\ninterrupted: here is what was measured", file=sys.stderr)
-    except ValueError as error:  # a pair that can't be built
-        raise fail(error) from error
-    if not rows:
-        raise SystemExit(130)
-    print(f"{device}, {', '.join(f'{name} {version}' for name, version in result['versions'].items())}\n")
-    if args.preset:
-        print(preset_table(rows), end="\n\n")
-    print(full_table(rows))
-    print(f"\nall figures: {args.results_file}", file=sys.stderr)
-    if args.plot:
-        if draw(rows, args.plot, device):
-            print(f"picture: {args.plot}", file=sys.stderr)
-        else:
-            print(f"no picture: nothing was measured at two image sizes or batches, {args.plot}", file=sys.stderr)
-    if interrupted:
-        raise SystemExit(130)
+        print("\ninterrupted: what was measured is kept", file=sys.stderr)
+        ending = SystemExit(130)
+    except (ValueError, RuntimeError) as error:  # a pair that can't be built, or not with that image size
+        ending = fail(error)
+    if rows:
+        print(f"{device}, {', '.join(f'{name} {version}' for name, version in result['versions'].items())}\n")
+        if args.preset:
+            print(preset_table(rows), end="\n\n")
+        print(full_table(rows), flush=True)
+        print(f"\nall figures: {args.results_file}", file=sys.stderr)
+        if args.plot:
+            drawn = draw(rows, args.plot, device)
+            print(f"picture: {args.plot}" if drawn else "no picture: no two points of a line", file=sys.stderr)
+    if ending:
+        raise ending
     if any("error" in row for row in rows):
         raise SystemExit(1)
 

@@ -319,6 +319,14 @@ def test_interruption_keeps_what_was_measured(benchmark, tmp_path, monkeypatch, 
     assert "interrupted" in output.err
 
 
+def test_size_that_does_not_work_loses_nothing(benchmark, tmp_path, capsys):
+    model = ["--model", "convnext_atto_fdconv", "--img-size", "32", "8", "--batch-size", "1"]
+    with pytest.raises(SystemExit, match=r"benchmark\.py: error: .*size"):
+        run(benchmark.main, tmp_path, *model)
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 1
+    assert "| convnext_atto_fdconv " in capsys.readouterr().out
+
+
 def test_results_are_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     benchmark_report.write_json(path, {"rows": [1]})
