@@ -112,9 +112,9 @@ def test_two_processes_have_the_gradient_of_one_on_the_same_global_batch(photos,
 
 @pytest.mark.slow
 def test_two_processes_stopped_in_fdconv_training_resume_to_the_same_weights(photos, tmp_path):
-    args = [*RECIPE, "--model", "resnet18_fdconv", "--data-dir", photos, "-j", 1, "--save-every-steps", 2]
+    args = [*RECIPE, "--model", "resnet18_fdconv", "--epochs", 2, "--data-dir", photos, "-j", 1]
     run(*args, "--output", tmp_path / "whole", processes=2)
-    code, output = run_until("update 5/", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
+    code, output = run_until("update 4/6", signal.SIGTERM, *args, "--output", tmp_path / "stopped", processes=2)
     assert code != 0
     assert "stopped by SIGTERM and saved" in output
     run(*args, "--output", tmp_path / "stopped", "--resume", processes=2)
