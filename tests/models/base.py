@@ -1,0 +1,424 @@
+"""What timm 1.0.31's own tests ask of a model, and what this package asks on top; each family inherits it."""
+
+import copy
+import io
+import math
+from typing import Any, ClassVar
+
+import pytest
+import timm
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.models import GraphExtractNet, group_parameters, load_checkpoint, save_for_hf
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import fdconv_zoo
+from fdconv_zoo.convert import init_static, named_fd_layers
+from tests.compare import randomise_norms, relative_error
+
+CLASSES = 7
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> nn.Module:
+    """Moves every norm and every gate off the values at which they do nothing, in place."""
+    randomise_norms(model)
+    for _, layer in named_fd_layers(model):
+        for module in (layer.ksm.heads, layer.ksm.local_conv, layer.fbm):
+            for parameter in module.parameters() if module is not None else ():
+                parameter.normal_(std=0.05)
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Gradient of a fixed function of the output for every parameter, which must have one."""
+    model.zero_grad()
+    output = model(x)
+    direction = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    (output * direction).sum().backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing, f"no gradient for {missing}"
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert all(grad.isfinite().all() for grad in grads.values())
+    return grads
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tol: float) -> None:
+    """Compares gradients by name; those that vanish but for rounding are measured against the largest one."""
+    assert actual.keys() == expected.keys()
+    scale = max(grad.norm().item() for grad in expected.values())
+    errors = {
+        name: ((actual[name] - grad).norm() / (grad.norm() + 1e-3 * scale)).item() for name, grad in expected.items()
+    }
+    assert max(errors.values()) < tol, {name: error for name, error in errors.items() if error >= tol}
+
+
+def trace(model: nn.Module, train: bool = False) -> nn.Module:
+    """The model as an FX graph, traced as timm's tests do."""
+    options = dict(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
+    )
+    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=options)
+    return create_feature_extractor(
+        model,
+        train_return_nodes=[(train_nodes if train else eval_nodes)[-1]],
+        eval_return_nodes=[eval_nodes[-1]],
+        tracer_kwargs=options,
+    )
+
+
+class ModelTester:
+    """Tests of one family; a case is a registered name and the keyword arguments that make a small model of it.
+
+    Attributes:
+        module: timm's name of the family's module: every model that it registers is tested.
+        small: Cases of the default suite. Every other model, as it is registered, is for `make test-all`.
+        size: Height and width of the input.
+        other_sizes: Further ones that the same model takes.
+        large: Keyword arguments of the full models at this input size.
+        pool_types: Poolings of the head.
+        output_fmt: Layout of the model's own feature map.
+        output_strides: Strides that `features_only` can be held to, besides 32.
+        early_head: The head works on pooled features, so there is none without pooling.
+    """
+
+    module: ClassVar[str]
+    small: ClassVar[dict[str, dict[str, Any]]]
+    size: ClassVar[tuple[int, int]] = (64, 64)
+    other_sizes: ClassVar[tuple[tuple[int, int], ...]] = ((96, 64), (75, 65))
+    large: ClassVar[dict[str, Any]] = {}
+    pool_types: ClassVar[tuple[str, ...]] = ("avg", "max", "avgmax")
+    output_fmt: ClassVar[str] = "NCHW"
+    output_strides: ClassVar[tuple[int, ...]] = ()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "case" not in metafunc.fixturenames:
+            return
+        names = timm.list_models(module=self.module)
+        cases = [pytest.param((name, kwargs), id=f"{name}-small") for name, kwargs in self.small.items()]
+        cases += [pytest.param((name, self.large), id=name, marks=pytest.mark.slow) for name in names]
+        metafunc.parametrize("case", cases, scope="class")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared(cls, case) -> nn.Module:
+        torch.manual_seed(0)
+        return stir(cls.build(case)).eval()
+
+    @pytest.fixture
+    def model(self, shared) -> nn.Module:
+        return copy.deepcopy(shared)
+
+    @pytest.fixture
+    def x(self) -> Tensor:
+        return torch.randn(2, 3, *self.size)
+
+    @staticmethod
+    def build(case: tuple[str, dict[str, Any]], **kwargs: Any) -> nn.Module:
+        name, own = case
+        return timm.create_model(name, **({"num_classes": CLASSES} | own | kwargs))
+
+    def channels(self, features: Tensor) -> int:
+        return features.shape[self.output_fmt.index("C")]
+
+    # Forward and backward
+
+    @torch.no_grad()
+    def test_forward_treats_every_sample_alone(self, model):
+        for size in (self.size, *self.other_sizes):
+            x = torch.randn(3, 3, *size)
+            output = model(x)
+            assert output.shape == (3, CLASSES)
+            assert output.isfinite().all()
+            for i in range(3):
+                assert relative_error(model(x[i : i + 1]), output[i : i + 1]) < 1e-5
+
+    @torch.no_grad()
+    def test_samples_get_weights_of_their_own(self, model, x):
+        """With the gates at rest the model is its static twin; stirred, it is not."""
+        stirred = model(x)
+        for _, layer in named_fd_layers(model):
+            layer.reset_modulation()
+        dynamic = model(x)
+        init_static(model, lambda: None)
+        assert relative_error(model(x), dynamic) < 1e-4
+        assert relative_error(stirred, dynamic) > 1e-3
+
+    def test_backward_reaches_every_parameter(self, model, x):
+        model.train()
+        grads = gradients(model, x)
+        assert sum(grad.numel() for grad in grads.values()) == sum(p.numel() for p in model.parameters())
+        fourier = [
+            name for name, _ in model.named_parameters() if ".fdw." in name or ".ksm." in name or ".fbm." in name
+        ]
+        assert fourier
+        silent = [name for name in fourier if grads[name].abs().max() == 0]
+        assert not silent, f"gradient always zero for {silent}"
+
+    def test_checkpointing_changes_neither_output_nor_gradients(self, model, x):
+        # Batch statistics are updated twice by it, in timm too: they do not enter the output in training.
+        model.train()
+        output, expected = model(x), gradients(model, x)
+        model.set_grad_checkpointing()
+        assert relative_error(model(x), output) < 1e-6
+        assert_same_gradients(gradients(model, x), expected, 1e-4)
+        model.set_grad_checkpointing(False)
+
+    @torch.no_grad()
+    def test_bfloat16(self, model, x):
+        # Stirred gates see normalised pooled inputs, which may be next to nothing, rounded: compare them at rest.
+        assert copy.deepcopy(model).to(torch.bfloat16)(x.to(torch.bfloat16)).isfinite().all()
+        for _, layer in named_fd_layers(model):
+            layer.reset_modulation()
+        expected = model(x)
+        output = model.to(torch.bfloat16)(x.to(torch.bfloat16))
+        assert output.dtype == torch.bfloat16
+        assert relative_error(output, expected) < 0.05
+
+    @torch.no_grad()
+    def test_deepcopy_after_forward(self, model, x):
+        expected = model(x)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), expected)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(x), expected)
+
+    # Classifier, pooling, input channels
+
+    @torch.no_grad()
+    def test_classifier(self, model, x):
+        features = model.forward_features(x)
+        assert self.channels(features) == model.num_features
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+        assert relative_error(model.forward_head(features), model(x)) < 1e-6
+        assert isinstance(model.get_classifier(), nn.Linear)
+        for pool in self.pool_types:
+            model.reset_classifier(5, pool)
+            assert model.num_classes == 5
+            assert model(x).shape == (2, 5)
+        model.reset_classifier(0, "avg")
+        assert model.num_classes == 0
+        assert torch.equal(model(x), pooled)
+        model.reset_classifier(0, "")
+        assert model(x).shape == features.shape
+
+    @torch.no_grad()
+    def test_no_classifier_from_the_start(self, case, x):
+        model = self.build(case, num_classes=0).eval()
+        assert model(x).shape == (2, model.head_hidden_size)
+        model = self.build(case, num_classes=0, global_pool="").eval()
+        assert model(x).shape == model.forward_features(x).shape
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("in_chans", [1, 4])
+    def test_input_channels(self, case, in_chans):
+        assert self.build(case, in_chans=in_chans).eval()(torch.randn(2, in_chans, *self.size)).shape == (2, CLASSES)
+
+    def test_config_of_every_tag(self, case):
+        """What a tag's configuration says of the model is so, at its full input size."""
+        if case[1] != self.large:
+            return
+        for tagged in timm.list_models(f"{case[0]}.*", include_tags=True):
+            model = timm.create_model(tagged, device="meta").eval()
+            cfg = model.pretrained_cfg
+            height, width = (i for i, axis in enumerate(self.output_fmt) if axis in "HW")
+            x = torch.empty(1, *cfg["input_size"], device="meta")
+            features = model.forward_features(x)
+            assert (features.shape[height], features.shape[width]) == tuple(cfg["pool_size"])
+            assert model(x).shape == (1, cfg["num_classes"])
+            state = model.state_dict()
+            assert f"{cfg['classifier']}.weight" in state
+            assert f"{cfg['first_conv']}.weight" in state
+
+    # Features
+
+    @torch.no_grad()
+    def check_features(self, net: nn.Module, x: Tensor) -> list[Tensor]:
+        outputs = net.eval()(x)
+        channels, reductions = net.feature_info.channels(), net.feature_info.reduction()
+        assert len(outputs) == len(channels) >= 1
+        axes = getattr(net, "output_fmt", None)
+        layout = "NCHW" if axes is None else str(axes.value)
+        for output, count, reduction in zip(outputs, channels, reductions, strict=True):
+            shape = dict(zip(layout, output.shape, strict=True))
+            assert shape["N"] == len(x)
+            assert shape["C"] == count
+            assert shape["H"] == math.ceil(x.shape[2] / reduction)
+            assert shape["W"] == math.ceil(x.shape[3] / reduction)
+            assert output.isfinite().all()
+        return outputs
+
+    def features(self, case, **kwargs: Any) -> nn.Module:
+        torch.manual_seed(0)
+        own = {key: value for key, value in case[1].items() if key != "num_classes"}
+        return stir(timm.create_model(case[0], features_only=True, **own, **kwargs))
+
+    @pytest.mark.parametrize("feature_cls", [None, "getter", "list", "hook"])
+    def test_features_only(self, case, x, feature_cls):
+        kwargs = {} if feature_cls is None else {"feature_cls": feature_cls}
+        net = self.features(case, **kwargs)
+        outputs = self.check_features(net, x)
+        assert len(outputs) >= 4
+        self.check_features(self.features(case, out_indices=(1, 3), **kwargs), x)
+        last = self.check_features(self.features(case, out_indices=(-3, -1), **kwargs), x)
+        count = len(outputs)
+        positive = self.check_features(self.features(case, out_indices=(count - 3, count - 1), **kwargs), x)
+        for a, b in zip(last, positive, strict=True):
+            assert torch.equal(a, b)
+
+    def test_output_stride(self, case, x):
+        for stride in self.output_strides:
+            net = self.features(case, output_stride=stride)
+            assert max(net.feature_info.reduction()) == stride
+            self.check_features(net, x)
+
+    @torch.no_grad()
+    def test_forward_intermediates(self, model, x):
+        info = timm.models.FeatureInfo(model.feature_info, len(model.feature_info))
+        final, maps = model.forward_intermediates(x, output_fmt="NCHW")
+        assert len(maps) == len(info.channels()) >= 3
+        for features, channels, reduction in zip(maps, info.channels(), info.reduction(), strict=True):
+            assert features.shape == (2, channels, *(math.ceil(side / reduction) for side in self.size))
+        assert torch.allclose(final, model.forward_features(x))
+        only = model.forward_intermediates(x, indices=[0, -1], output_fmt="NCHW", intermediates_only=True)
+        assert [torch.equal(a, b) for a, b in zip(only, (maps[0], maps[-1]), strict=True)] == [True, True]
+        last = model.forward_intermediates(x, indices=2, output_fmt="NCHW", intermediates_only=True)
+        assert [torch.equal(a, b) for a, b in zip(last, maps[-2:], strict=True)] == [True, True]
+        model.set_grad_checkpointing()
+        assert torch.allclose(model.forward_intermediates(x)[0], final)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("keep", [1, 2])
+    def test_prune_intermediate_layers(self, model, x, keep):
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert model.prune_intermediate_layers([keep], prune_norm=True, prune_head=True) == [keep]
+        pruned = model.forward_intermediates(x, indices=[keep], intermediates_only=True)
+        assert torch.equal(pruned[0], maps[keep])
+        assert model.num_classes == 0
+        assert model(x).isfinite().all()
+
+    # Parameter groups
+
+    @pytest.mark.parametrize("coarse", [False, True])
+    def test_group_matcher_covers_all_parameters(self, model, coarse):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        grouped = [name for names in groups.values() for name in names]
+        assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
+        group_of = {name: group for group, names in groups.items() for name in names}
+        for name, layer in named_fd_layers(model):
+            assert len({group_of[f"{name}.{key}"] for key, _ in layer.named_parameters()}) == 1
+
+    def test_decay(self, model):
+        skipped = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+        count = sum(p.numel() for p in model.parameters())
+        for groups in (
+            param_groups_weight_decay(model, 0.05, no_weight_decay_list=skipped),
+            param_groups_layer_decay(model, 0.05, no_weight_decay_list=skipped, layer_decay=0.7),
+        ):
+            assert sum(p.numel() for group in groups for p in group["params"]) == count
+            decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+            for _, layer in named_fd_layers(model):
+                assert decay[id(layer.fdw.spectrum)] == 0.05
+                assert {decay[id(p)] for p in layer.parameters() if p.ndim <= 1} == {0.0}
+
+    # Construction and weights
+
+    @torch.no_grad()
+    def test_device_and_dtype(self, case, model, x):
+        for kwargs in ({"device": "cpu", "dtype": torch.float64}, {"dtype": torch.bfloat16}):
+            made = self.build(case, **kwargs).eval()
+            assert {p.dtype for p in made.parameters()} == {kwargs["dtype"]}
+            assert made(x.to(kwargs["dtype"])).dtype == kwargs["dtype"]
+
+    @torch.no_grad()
+    def test_construction_on_meta(self, case, model, x):
+        with torch.device("meta"):
+            by_context = self.build(case)
+        for made in (by_context, self.build(case, device="meta")):
+            assert all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
+            assert made.eval()(x.to("meta")).shape == (2, CLASSES)
+        # As Hugging Face loads: buffers that no file holds are garbage until each module makes its own.
+        made = made.to_empty(device="cpu")
+        for tensor in (*made.parameters(), *made.buffers()):
+            tensor.fill_(-1)
+        for module in made.modules():
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
+        made.load_state_dict(model.state_dict())
+        assert torch.equal(made(x), model(x))
+
+    @torch.no_grad()
+    def test_load_checkpoint(self, case, model, x, tmp_path):
+        """A file of the static model and one of its own load by timm's function, and the filter is the module's."""
+        filter_fn = getattr(fdconv_zoo, self.module).checkpoint_filter_fn
+        static = timm.create_model(fdconv_zoo.static_twin(case[0]), **({"num_classes": CLASSES} | case[1])).eval()
+        randomise_norms(static)
+        torch.save(static.state_dict(), tmp_path / "static.pth")
+        load_checkpoint(model, str(tmp_path / "static.pth"), filter_fn=filter_fn)
+        for _, layer in named_fd_layers(model):
+            layer.reset_modulation()
+        assert relative_error(model(x), static(x)) < 1e-4
+        stir(model)
+        torch.save({"state_dict": model.state_dict()}, tmp_path / "own.pth")
+        made = self.build(case).eval()
+        load_checkpoint(made, str(tmp_path / "own.pth"), filter_fn=filter_fn)
+        assert torch.equal(made(x), model(x))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("safe", [True, "both"])
+    def test_save_for_hf_and_local_dir(self, case, model, x, tmp_path, safe):
+        save_for_hf(model, tmp_path, model_args=case[1], safe_serialization=safe)
+        made = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **case[1]).eval()
+        assert made.num_classes == CLASSES
+        assert torch.equal(made(x), model(x))
+        fresh = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, **case[1]).eval()
+        assert fresh(x).shape == (2, 3)
+
+    # Scripts and graphs
+
+    def test_torchscript(self, model, x):
+        expected, grads = model(x).detach(), gradients(model, x)
+        scripted = torch.jit.script(model)
+        assert relative_error(scripted(x).detach(), expected) < 1e-5
+        assert scripted(x[:1]).shape == (1, CLASSES)
+        assert_same_gradients(gradients(scripted, x), grads, 1e-3)
+        file = io.BytesIO()
+        torch.jit.save(scripted, file)
+        file.seek(0)
+        assert relative_error(torch.jit.load(file)(x).detach(), expected) < 1e-5
+
+    def test_fx_graph(self, model, x):
+        with torch.inference_mode():
+            assert torch.equal(torch.cat(tuple(trace(model)(x).values())), model(x))
+        expected = gradients(model.train(), x)
+
+        class Flat(nn.Module):
+            def __init__(self, graph: nn.Module) -> None:
+                super().__init__()
+                self.graph = graph
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.cat(tuple(self.graph(x).values()))
+
+        actual = gradients(Flat(trace(model, train=True).train()), x)
+        assert_same_gradients({name.removeprefix("graph."): grad for name, grad in actual.items()}, expected, 1e-5)
+
+    @torch.no_grad()
+    def test_fx_graph_in_torchscript(self, model, x):
+        scripted = torch.jit.script(trace(model))
+        assert relative_error(torch.cat(tuple(scripted(x).values())), model(x)) < 1e-5
+
+    @torch.no_grad()
+    def test_fx_features(self, case, model, x):
+        net = self.features(case, feature_cls="fx")
+        outputs = self.check_features(net, x)
+        for a, b in zip(torch.jit.script(net)(x), outputs, strict=True):
+            assert relative_error(a, b) < 1e-5
+        node = get_graph_node_names(
+            model, tracer_kwargs={"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+        )[1][-1]
+        assert torch.equal(GraphExtractNet(model, [node])(x), model(x))
