@@ -112,17 +112,18 @@ def _preset_lines(rows: Sequence[Row], workloads: Sequence[tuple[int, str]]) -> 
             both = row is not None and "ratio_to_eager_static" in row
             of_eager = f" ({row['ratio_to_eager_static']:.2f}x)" if both else ""
             fdconv.append(f"{row['ratio']:.2f}x{of_eager}" if row else "-")
-        trained = next((row for key, row in found.items() if key[0] == engine and key[2] == "train"), None)
-        for line, kind in ((static, "static"), (fdconv, "fdconv")):
-            saved = trained[kind]["saved_bytes"] if trained else None
-            line.append("-" if saved is None else f"{format_mib(saved)} MiB")
+        for batch in [batch for batch, mode in workloads if mode == "train"][:1]:
+            row = found.get((engine, batch, "train"))
+            for line, kind in ((static, "static"), (fdconv, "fdconv")):
+                saved = row[kind]["saved_bytes"] if row else None
+                line.append("-" if saved is None else f"{format_mib(saved)} MiB")
         lines += [static, fdconv]
     if any("literal" in row for row in rows):
         literal = [f"{first['model']}, literal equations"]
         for workload in workloads:
             row = found.get(("eager", *workload), {})
             literal.append(f"{row['literal']['ratio_to_static']:.1f}x" if "literal" in row else "-")
-        lines.append([*literal, "-"])
+        lines.append(literal + ["-"] * any(mode == "train" for _, mode in workloads))
     return lines
 
 
@@ -141,7 +142,7 @@ def preset_table(rows: Sequence[Row]) -> str:
             f"batch {batch} eval" if mode == "eval" else f"train step, batch {batch}" for batch, mode in workloads
         ]
         trained = [batch for batch, mode in workloads if mode == "train"]
-        titles.append(f"saved for backward, batch {trained[0]}" if trained else "saved for backward")
+        titles += [f"saved for backward, batch {batch}" for batch in trained[:1]]
         header = (f"{pair[0]['img_size']}x{pair[0]['img_size']}, threads: {pair[0]['threads']}", *titles)
         tables.setdefault(header, []).extend(_preset_lines(pair, workloads))
     return "\n\n".join(markdown(header, lines) for header, lines in tables.items())
