@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .matmul_fft import inverse_rfft2
 
 # Elements of a block of work that stays in a CPU core's cache.
-CACHE_ELEMENTS = 1 << 19
+CACHE_ELEMENTS = 1 << 20
 
 
 def band_index(rows: int, columns: int, num_bands: int, official_order: bool = False) -> Tensor:
@@ -138,12 +138,12 @@ def transform_rows(spectrum: Tensor, gains: Tensor, gain_index: Tensor) -> Tenso
     for block in row_blocks(half):
         gathered = gather_gains(gains, math.sqrt(0.5), gain_index[block])
         torch.mul(coefficients[block], gathered, out=half[:, block])
-    return torch.fft.ifft(half, dim=1, norm="ortho")
+    return contiguous_matrices(torch.fft.ifft(half, dim=1, norm="ortho"))
 
 
 def transform_columns(lines: Tensor, columns: int) -> Tensor:
     """Second half of :func:`transform`: any rows of the lines (B, rows, C//2+1) to those of the matrix (B, rows, C)."""
-    return torch.fft.irfft(contiguous_matrices(lines), n=columns, dim=2, norm="ortho")
+    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
 
 
 def transform(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
