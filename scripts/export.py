@@ -146,8 +146,10 @@ def export_file(model: nn.Module, x: Tensor, path: Path, args: argparse.Namespac
         torch.export.save(torch.export.export(model, (x,), dynamic_shapes=(free,)), path)
     else:
         torch.onnx.export(
-            model, (x,), path, dynamo=True, dynamic_shapes=(free,), input_names=["input"],
-            opset_version=args.opset, external_data=False, verbose=False,
+            model, (x,), path, dynamo=True, dynamic_shapes=(free,), input_names=["input"], opset_version=args.opset,
+            external_data=False, verbose=False,
+            # ONNX Runtime optimises the graph when it loads it; PyTorch's optimiser takes time quadratic in its size.
+            optimize=False,
         )  # fmt: skip
 
 

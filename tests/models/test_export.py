@@ -61,7 +61,7 @@ def test_compile_without_graph_breaks(name, kwargs):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = inputs(name)[0]
     with torch.no_grad():
-        assert relative_error(compiled(x), model(x)) < 1e-5
+        assert relative_error(compiled(x), model(x)) < 1e-4
         with torch.autocast("cpu", torch.bfloat16):
             assert relative_error(compiled(x).float(), model(x).float()) < 1e-2
     model.train()
@@ -91,7 +91,7 @@ def test_exported_program(name, kwargs, tmp_path):
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for x in inputs(name):
-        assert relative_error(loaded(x), model(x)) < 1e-5
+        assert relative_error(loaded(x), model(x)) < 1e-4
 
 
 @every_model
@@ -99,10 +99,17 @@ def test_exported_program(name, kwargs, tmp_path):
 def test_onnx(name, kwargs, tmp_path):
     model = build(name, kwargs)
     file = tmp_path / "model.onnx"
+    # ONNX Runtime optimises the graph when it loads it; PyTorch's optimiser takes minutes for that.
     torch.onnx.export(
-        model, (inputs(name)[0],), file, dynamo=True, dynamic_shapes=(free_dimensions(name),), verbose=False
+        model,
+        (inputs(name)[0],),
+        file,
+        dynamo=True,
+        dynamic_shapes=(free_dimensions(name),),
+        optimize=False,
+        verbose=False,
     )
     session = onnxruntime.InferenceSession(file)
     for x in inputs(name):
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        assert relative_error(torch.from_numpy(output), model(x)) < 1e-5
+        assert relative_error(torch.from_numpy(output), model(x)) < 1e-4

@@ -1,0 +1,117 @@
+"""scripts/export.py: each format, its self-check, every mistake in one line."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+
+import fdconv_zoo  # noqa: F401, registers the models
+from tests.compare import relative_error
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
+SMALL = ["--num-classes", "5", "--img-size", "64", "--model-kwargs", "layers=(1,1,1,1)", "channels=(20,24,32,40)"]
+
+
+@pytest.fixture(scope="module")
+def export():
+    torch.set_num_threads(1)
+    return importlib.import_module("export")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = timm.create_model("resnet18_fdconv", num_classes=5, layers=(1, 1, 1, 1), channels=(20, 24, 32, 40)).eval()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": model.state_dict()}, path)
+    return model, path
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".torchscript"])
+def test_file_computes_what_the_checkpoint_computes(export, checkpoint, tmp_path, capsys, ending):
+    model, weights = checkpoint
+    output = tmp_path / "new" / f"model{ending}"
+    export.main(["resnet18_fdconv", str(output), "--checkpoint", str(weights), *SMALL])
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    report = capsys.readouterr().out
+    for shape in ("1 x 3 x 64 x 64", "5 x 3 x 64 x 64", "2 x 3 x 96 x 64", "2 x 3 x 64 x 125", "2 x 3 x 40 x 40"):
+        assert shape in report
+    assert "largest relative difference" in report
+    x = torch.randn(3, 3, 72, 80)
+    with torch.no_grad():
+        expected = model(x)
+        if ending == ".onnx":
+            actual = torch.from_numpy(onnxruntime.InferenceSession(output).run(None, {"input": x.numpy()})[0])
+        else:
+            actual = (torch.jit.load(output) if ending == ".torchscript" else torch.export.load(output).module())(x)
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_features_of_a_backbone(export, tmp_path, capsys):
+    output = tmp_path / "features.pt2"
+    flags = ["--no-weights", "--features", "--img-size", "64", "--model-kwargs", *SMALL[5:]]
+    export.main(["resnet18_fdconv", str(output), *flags])
+    assert [tuple(f.shape) for f in torch.export.load(output).module()(torch.randn(1, 3, 64, 96))][-1] == (1, 40, 2, 3)
+
+
+def test_fixed_batch_and_size(export, tmp_path, capsys):
+    export.main(
+        ["resnet18_fdconv", str(tmp_path / "m.pt2"), "--no-weights", "--fixed-batch", "3", "--fixed-size", *SMALL]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line[0].isdigit()] == ["3 x 3 x 64 x 64"]
+
+
+def test_a_file_that_differs_does_not_replace_one_that_passed(export, tmp_path, capsys):
+    output = tmp_path / "m.torchscript"
+    output.write_bytes(b"passed before")
+    with pytest.raises(SystemExit, match=r"largest relative difference .* above the tolerance of 1e-30"):
+        export.main(["resnet18_fdconv", str(output), "--no-weights", "--tolerance", "1e-30", *SMALL])
+    assert output.read_bytes() == b"passed before"
+    assert (tmp_path / "m.unchecked.torchscript").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["resnet18_fdconv", "m.bin"], r"m\.bin must end in one of \.onnx, \.pt2, \.torchscript"),
+        (["resnet18_fdconf", "m.pt2"], "unknown model resnet18_fdconf, did you mean .*resnet18_fdconv"),
+        (["resnet18_fdconv", "m.pt2", "--checkpoint", "nowhere.pth"], "there is no checkpoint nowhere.pth"),
+        (["resnet18_fdconv", "m.pt2", "--use-ema"], "--use-ema needs --checkpoint"),
+        (["resnet18_fdconv", "m.pt2", "--opset", "18"], "--opset is for .onnx"),
+        (["resnet18_fdconv", "m.pt2", "--no-weights", "--img-size", "0"], "--img-size takes one or two positive"),
+        (["resnet18_fdconv", "m.pt2", "--no-weights", "--fixed-batch", "0"], "--fixed-batch 0: at least 1"),
+        (["resnet18_fdconv", "m.pt2", "--tolerance", "0"], "--tolerance 0.0: above 0"),
+        (["resnet18_fdconv", "m.pt2", "--no-weights", "--model-kwargs", "bands=3"], "bands"),
+        (
+            ["swin_tiny_fdconv", "m.pt2", "--no-weights", "--model-kwargs", "depths=(1,1,1,1)", "embed_dim=24"],
+            "takes 224 x 224 images only: add --fixed-size",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(export, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        export.main(argv)
+    assert str(error.value).startswith("export.py: error: ")
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit(export, checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match="does not fit"):
+        export.main(["resnet34_fdconv", str(tmp_path / "m.pt2"), "--checkpoint", str(checkpoint[1]), *SMALL])
+
+
+def test_help_teaches():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    text = subprocess.run(
+        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, env=environment
+    )
+    for word in ("examples:", "model:", "input:", "check:", ".onnx", ".pt2", ".torchscript"):
+        assert word in text.stdout
