@@ -62,6 +62,13 @@ class Inputs(NamedTuple):
         """The input times the channel gate."""
         return self.x if self.channel is None else self.x * self.channel.to(self.x.dtype)[:, :, None, None]
 
+    def element_gate(self, kernel_size: tuple[int, int]) -> Tensor | None:
+        """Position times channel gate (B, kh, Cin*kw), the same for all filters."""
+        if self.channel is None or self.position is None:
+            return None if self.channel is None else self.channel[:, None]
+        position = self.position.view(-1, kernel_size[0], 1, kernel_size[1])
+        return (self.channel[:, None, :, None] * position).flatten(2)
+
     def output_scale(self) -> Tensor | None:
         """Filter gate (B, Cout) times the dense gate's factor of 2, which costs least on the output."""
         return self.filter if self.filter is None or self.local_weight is None else 2 * self.filter
@@ -138,13 +145,16 @@ def forward_pass(
         bank, _ = make_bank(inputs.spectrum, inputs.bands.shape[1], gain_index, columns)
     outputs, weights = [], []
     for part in inputs.chunks(plan.chunk):
+        # Channels and positions are gated on the weight, a block in the cache at a time; kept weights are not gated.
+        element = None if keep else part.element_gate(plan.geometry.kernel_size)
         weight = SampleWeight.make(
-            part.bands, part.local_input, part.spectrum, bank, part.local_weight, gain_index, columns, keep_gate=keep
+            part.bands, part.local_input, part.spectrum, bank, part.local_weight, gain_index, columns, keep, element
         )
+        x, kernels = part.x, weight.gated
         if keep:
             weights.append(weight)
-        kernels = position_gated(weight.gated, part.position, plan.geometry.kernel_size).to(part.x.dtype)
-        out, scale = SampleConv(part.gated_x(), plan.geometry).forward(kernels), part.output_scale()
+            x, kernels = part.gated_x(), position_gated(kernels, part.position, plan.geometry.kernel_size)
+        out, scale = SampleConv(x, plan.geometry).forward(kernels.to(x.dtype)), part.output_scale()
         outputs.append(out if scale is None else out.mul_(scale.to(out.dtype)[:, :, None, None]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), weights
 

@@ -119,10 +119,10 @@ def gather_gains(gains: Tensor, inner_factor: float, gain_index: Tensor) -> Tens
     return table.index_select(1, gain_index.flatten()).view(-1, gain_index.shape[0], gain_index.shape[1])
 
 
-def row_blocks(matrices: Tensor) -> Iterator[slice]:
-    """Slices of the rows of matrices (B, R, C), small enough for a CPU's cache; all rows at once on a GPU."""
+def row_blocks(matrices: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Slices of the rows of matrices (B, R, C), of a multiple of rows, that fit a CPU's cache; all rows on a GPU."""
     batch, rows, columns = matrices.shape
-    size = rows if matrices.is_cuda else max(1, CACHE_ELEMENTS // (batch * columns))
+    size = rows if matrices.is_cuda else max(1, CACHE_ELEMENTS // (batch * columns * multiple)) * multiple
     return (slice(start, start + size) for start in range(0, rows, size))
 
 

@@ -19,8 +19,8 @@ class SampleWeight:
     """The weights of a chunk of samples, and what the backward pass needs of the forward pass that made them.
 
     Attributes:
-        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2.
-        gate: That gate, or None.
+        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2, and the element gate.
+        gate: The dense gate, or None.
         taps: Its taps (B, kw*t, Cin*kw), or None.
     """
 
@@ -39,8 +39,21 @@ class SampleWeight:
         gain_index: Tensor,
         columns: int,
         keep_gate: bool,
+        element: Tensor | None = None,
     ) -> "SampleWeight":
-        """Makes the weights, in blocks of rows; without `keep_gate` they have no backward pass."""
+        """Makes the weights, in blocks of rows.
+
+        Args:
+            bands: Gain of each frequency group (B, n).
+            local_input: Input of the dense gate (B, Cin), or None.
+            spectrum: Parseval-scaled half spectrum (R, C//2+1, 2).
+            bank: Weight matrix of each group (n, R, C) to mix instead of transforming the spectrum, or None.
+            local_weight: Convolution weight (Cout*kh*kw, 1, t) of the dense gate, or None.
+            gain_index: int32 map (R, C//2+1) of the coefficients' groups.
+            columns: C.
+            keep_gate: Keeps what the backward pass needs.
+            element: Gate (B, kh, C) of kernel positions and channels, where there is no backward pass, or None.
+        """
         batch, rows = len(bands), len(gain_index)
         taps = filters = None
         if local_weight is not None:
@@ -50,7 +63,8 @@ class SampleWeight:
             lines = transform_rows(spectrum, bands, gain_index)
         gated = spectrum.new_empty(batch, rows, columns)
         gate = torch.empty_like(gated) if keep_gate and filters is not None else None
-        for block in row_blocks(gated):
+        kernel_height = 1 if element is None else element.shape[1]
+        for block in row_blocks(gated, kernel_height):
             if bank is None:
                 plain = transform_columns(lines[:, block], columns)
             else:
@@ -61,6 +75,8 @@ class SampleWeight:
             part = torch.bmm(filters[:, block], taps).sigmoid_()
             if gate is not None:
                 gate[:, block] = part
+            if element is not None:
+                part.view(batch, -1, *element.shape[1:]).mul_(element[:, None])
             torch.mul(part, plain, out=gated[:, block])
         return cls(gated, gate, taps)
 
