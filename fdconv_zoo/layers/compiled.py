@@ -9,7 +9,7 @@ from torch import Tensor
 from .eager import Inputs, Plan, backward_pass, forward_pass, output_size
 
 INPUTS = (
-    "Tensor x, Tensor bands, Tensor? channel, Tensor? filter, Tensor? position, Tensor? local_input, Tensor spectrum, "
+    "Tensor x, Tensor bands, Tensor? element, Tensor? scale, Tensor? local_input, Tensor spectrum, "
     "Tensor? local_weight, Tensor gain_index"
 )
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channels_last"
@@ -68,20 +68,20 @@ def _(grad: Tensor, *arguments: object) -> list[Tensor]:
 
 def split(arguments: tuple[object, ...]) -> tuple[Inputs, Tensor, tuple[list[int], ...], bool]:
     """Arguments of the operators: inputs, gain_index, geometry, channels_last."""
-    return Inputs(*arguments[:8]), arguments[8], arguments[9:13], arguments[13]
+    return Inputs(*arguments[:7]), arguments[7], arguments[8:12], arguments[12]
 
 
 def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
     """Keeps the inputs."""
-    ctx.save_for_backward(*inputs[:9])
-    ctx.arguments = inputs[9:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.arguments = inputs[8:]
 
 
 def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments."""
     saved = ctx.saved_tensors
     grads = iter(torch.ops.fdconv_zoo.conv2d_backward(grad, *saved, *ctx.arguments))
-    return *(None if tensor is None else next(grads) for tensor in saved[:8]), None, *(None for _ in ctx.arguments)
+    return *(None if tensor is None else next(grads) for tensor in saved[:7]), None, *(None for _ in ctx.arguments)
 
 
 conv2d.register_autograd(backward, setup_context=setup_context)

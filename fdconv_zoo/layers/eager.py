@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .fdw import adjoint_columns, adjoint_rows, refuse_second_derivatives, transform
-from .functional import pad, position_gated
+from .functional import element_gated, pad
 from .sample_conv import Geometry, SampleConv
 from .sample_weight import SampleWeight
 
@@ -34,9 +34,8 @@ class Inputs(NamedTuple):
     Attributes:
         x: Input (B, Cin, H, W) in the dtype to convolve in.
         bands: Gain of each frequency group (B, n).
-        channel: Input channel gate (B, Cin), or None.
-        filter: Filter gate (B, Cout), or None.
-        position: Kernel position gate (B, kh*kw), or None.
+        element: Position times channel gate (B, kh*Cin*kw), or None.
+        scale: Filter gate times the dense gate's factor of 2 (B, Cout), or None.
         local_input: Input of the dense gate (B, Cin), or None.
         spectrum: Parseval-scaled half spectrum (R, C//2+1, 2).
         local_weight: Convolution weight (Cout*kh*kw, 1, t) of the dense gate, or None.
@@ -44,9 +43,8 @@ class Inputs(NamedTuple):
 
     x: Tensor
     bands: Tensor
-    channel: Tensor | None
-    filter: Tensor | None
-    position: Tensor | None
+    element: Tensor | None
+    scale: Tensor | None
     local_input: Tensor | None
     spectrum: Tensor
     local_weight: Tensor | None
@@ -55,23 +53,8 @@ class Inputs(NamedTuple):
         """Inputs of chunks of `size` samples."""
         for start in range(0, len(self.x), size):
             rows = slice(start, start + size)
-            batched = (None if tensor is None else tensor[rows] for tensor in self[:6])
+            batched = (None if tensor is None else tensor[rows] for tensor in self[:5])
             yield Inputs(*batched, self.spectrum, self.local_weight)
-
-    def gated_x(self) -> Tensor:
-        """The input times the channel gate."""
-        return self.x if self.channel is None else self.x * self.channel.to(self.x.dtype)[:, :, None, None]
-
-    def element_gate(self, kernel_size: tuple[int, int]) -> Tensor | None:
-        """Position times channel gate (B, kh, Cin*kw), the same for all filters."""
-        if self.channel is None or self.position is None:
-            return None if self.channel is None else self.channel[:, None]
-        position = self.position.view(-1, kernel_size[0], 1, kernel_size[1])
-        return (self.channel[:, None, :, None] * position).flatten(2)
-
-    def output_scale(self) -> Tensor | None:
-        """Filter gate (B, Cout) times the dense gate's factor of 2, which costs least on the output."""
-        return self.filter if self.filter is None or self.local_weight is None else 2 * self.filter
 
 
 class Plan(NamedTuple):
@@ -145,17 +128,17 @@ def forward_pass(
         bank, _ = make_bank(inputs.spectrum, inputs.bands.shape[1], gain_index, columns)
     outputs, weights = [], []
     for part in inputs.chunks(plan.chunk):
-        # Channels and positions are gated on the weight, a block in the cache at a time; kept weights are not gated.
-        element = None if keep else part.element_gate(plan.geometry.kernel_size)
+        # Without a backward pass, the element gate is applied to one block in the cache at a time.
         weight = SampleWeight.make(
-            part.bands, part.local_input, part.spectrum, bank, part.local_weight, gain_index, columns, keep, element
-        )
-        x, kernels = part.x, weight.gated
+            part.bands, part.local_input, part.spectrum, bank, part.local_weight, gain_index, columns, keep,
+            None if keep else part.element,
+        )  # fmt: skip
+        kernels = weight.gated
         if keep:
             weights.append(weight)
-            x, kernels = part.gated_x(), position_gated(kernels, part.position, plan.geometry.kernel_size)
-        out, scale = SampleConv(x, plan.geometry).forward(kernels.to(x.dtype)), part.output_scale()
-        outputs.append(out if scale is None else out.mul_(scale.to(out.dtype)[:, :, None, None]))
+            kernels = element_gated(kernels, part.element)
+        out = SampleConv(part.x, plan.geometry).forward(kernels.to(part.x.dtype))
+        outputs.append(out if part.scale is None else out.mul_(part.scale.to(out.dtype)[:, :, None, None]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), weights
 
 
@@ -182,7 +165,7 @@ def backward_pass(
     Returns:
         Gradients of the inputs, None for those that are None or not needed.
     """
-    kh, kw = plan.geometry.kernel_size
+    kw = plan.geometry.kernel_size[1]
     spectrum, local_weight, channels = inputs.spectrum, inputs.local_weight, inputs.x.shape[1]
     bank = grad_bank = grad_filters = None
     if plan.use_bank:
@@ -191,7 +174,7 @@ def backward_pass(
     grad_spectrum = torch.zeros_like(spectrum) if need_spectrum else None
     if local_weight is not None:
         grad_filters = local_weight.new_zeros(len(gain_index), kw * local_weight.shape[2])
-    grads: dict[str, list[Tensor]] = {name: [] for name in Inputs._fields[:6]}
+    grads: dict[str, list[Tensor]] = {name: [] for name in Inputs._fields[:5]}
     for i, (part, grad_out) in enumerate(zip(inputs.chunks(plan.chunk), grad.split(plan.chunk), strict=True)):
         if weights is None:
             weight = SampleWeight.make(
@@ -199,36 +182,20 @@ def backward_pass(
             )
         else:
             weight = weights[i]
-        batch, convolution = len(part.x), SampleConv(part.gated_x(), plan.geometry)
-        # With respect to the gated weight before the position and filter gates, so that neither is divided by.
+        convolution = SampleConv(part.x, plan.geometry)
         grad_weight = convolution.grad_weight(grad_out, len(gain_index)).to(spectrum.dtype)
-        scale = part.output_scale()
-        if scale is not None:
-            sums = (grad_weight * weight.gated).view(batch, -1, kh, channels, kw).sum(3)
-            if part.position is not None:
-                gates = part.position.view(batch, 1, kh, kw)
-                grads["position"].append((sums * scale[:, :, None, None]).sum(1).flatten(1))
-                sums = sums * gates
-                elements = (scale[:, :, None, None] * gates)[:, :, :, None]
-                grad_weight.view(batch, -1, kh, channels, kw).mul_(elements)
-            else:
-                grad_weight.view(batch, scale.shape[1], -1).mul_(scale[:, :, None])
-            grads["filter"].append(sums.sum((2, 3)) * (1 if local_weight is None else 2))
-            grad_out = grad_out * scale.to(grad_out.dtype)[:, :, None, None]
-        if need_x or part.channel is not None:
-            kernels = position_gated(weight.gated, part.position, plan.geometry.kernel_size).to(part.x.dtype)
-            grad_x = convolution.grad_input(grad_out, kernels)
-            if part.channel is not None:
-                grads["channel"].append((grad_x * part.x).sum((2, 3), dtype=part.channel.dtype))
-                grad_x = grad_x * part.channel.to(grad_x.dtype)[:, :, None, None]
-            grads["x"].append(grad_x)
-        grad_bands, grad_local_input = weight.backward(
-            grad_weight, part.bands, spectrum, bank, local_weight, gain_index, kw,
+        if need_x:
+            if part.scale is not None:
+                grad_out = grad_out * part.scale.to(grad_out.dtype)[:, :, None, None]
+            kernels = element_gated(weight.gated, part.element).to(part.x.dtype)
+            grads["x"].append(convolution.grad_input(grad_out, kernels))
+        parts = weight.backward(
+            grad_weight, part.bands, part.element, part.scale, spectrum, bank, local_weight, gain_index, kw,
             grad_spectrum if bank is None else grad_bank, grad_filters,
         )  # fmt: skip
-        grads["bands"].append(grad_bands)
-        if grad_local_input is not None:
-            grads["local_input"].append(grad_local_input)
+        for name, value in zip(Inputs._fields[1:5], parts, strict=True):
+            if value is not None:
+                grads[name].append(value)
     if grad_bank is not None:
         adjoint_rows(adjoint_columns(grad_bank), spectrum, bank_gains, gain_index, grad_spectrum)
     return Inputs(
@@ -251,9 +218,9 @@ class _DynamicConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         gain_index, *tensors = ctx.saved_tensors
-        inputs, kept = Inputs(*tensors[:8]), tensors[8:]
+        inputs, kept = Inputs(*tensors[:7]), tensors[7:]
         weights = None if ctx.recompute else [SampleWeight(*kept[i : i + 3]) for i in range(0, len(kept), 3)]
-        need_x, need_spectrum = ctx.needs_input_grad[3], ctx.needs_input_grad[9]
+        need_x, need_spectrum = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
         grads = backward_pass(ctx.plan, gain_index, inputs, grad, weights, need_x, need_spectrum)
         return None, None, None, *grads
 

@@ -128,23 +128,28 @@ class _FDLayer(nn.Module):
     ) -> Tensor:
         spectrum = self.fdw.exact_spectrum()
         gates, local_input = self.ksm(x.mean([2, 3], dtype=spectrum.dtype))
-        bands = gates[0].to(spectrum.dtype)
-        channel = gates[1].to(spectrum.dtype) if len(gates) > 1 else None
-        filter = gates[2].to(spectrum.dtype) if len(gates) > 2 else None
-        position = gates[3].to(spectrum.dtype) if len(gates) > 3 else None
+        gates = [gate.to(spectrum.dtype) for gate in gates]
+        element: Tensor | None = None
+        scale: Tensor | None = None
         local_weight: Tensor | None = None
         if self.ksm.local_conv is not None and local_input is not None:
             local_weight = self.ksm.local_conv.weight.to(spectrum.dtype)
             local_input = local_input.to(spectrum.dtype)
+            element = gates[1]
+            # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
+            scale = 2 * gates[2]
+            if len(gates) > 3:
+                kh, kw = self.kernel_shape
+                element = (gates[3].view(-1, kh, 1, kw) * element[:, None, :, None]).flatten(1)
         if self.fbm is not None:
             x = self.fbm(x, self.recompute)
         if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
             out = dynamic_conv2d(
-                x, bands, channel, filter, position, local_input, spectrum, local_weight, self.fdw.gain_index,
+                x, gates[0], element, scale, local_input, spectrum, local_weight, self.fdw.gain_index,
                 self.kernel_shape, stride, padding, dilation,
             )  # fmt: skip
         else:
-            inputs = Inputs(x, bands, channel, filter, position, local_input, spectrum, local_weight)
+            inputs = Inputs(x, gates[0], element, scale, local_input, spectrum, local_weight)
             out = eager_conv2d(
                 inputs, self.fdw.gain_index, self.kernel_shape, stride, padding, dilation, channels_last, self.recompute
             )

@@ -48,14 +48,12 @@ def unfold(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dil
     return torch.stack(rows, dim=1)
 
 
-def position_gated(weight: Tensor, position: Tensor | None, kernel_size: tuple[int, int]) -> Tensor:
-    """Weight matrices (B, R, C) times the gate of each kernel position (B, kh*kw), if there is one."""
-    if position is None:
+def element_gated(weight: Tensor, element: Tensor | None) -> Tensor:
+    """Weight matrices (B, R, C) times the gate (B, kh*C) of kernel positions and channels, if there is one."""
+    if element is None:
         return weight
-    kh, kw = kernel_size[0], kernel_size[1]
     batch, rows, columns = weight.shape[0], weight.shape[1], weight.shape[2]
-    gated = weight.view(batch, rows // kh, kh, columns // kw, kw) * position.view(batch, 1, kh, 1, kw)
-    return gated.view(batch, rows, columns)
+    return (weight.view(batch, -1, element.shape[1]) * element[:, None]).view(batch, rows, columns)
 
 
 def convolve_by_matmul(
@@ -93,9 +91,8 @@ def convolve_by_matmul(
 def dynamic_conv2d(
     x: Tensor,
     bands: Tensor,
-    channel: Tensor | None,
-    filter: Tensor | None,
-    position: Tensor | None,
+    element: Tensor | None,
+    scale: Tensor | None,
     local_input: Tensor | None,
     spectrum: Tensor,
     local_weight: Tensor | None,
@@ -110,9 +107,8 @@ def dynamic_conv2d(
     Args:
         x: Input (B, Cin, H, W) in the dtype to convolve in.
         bands: Gain of each frequency group (B, n).
-        channel: Input channel gate (B, Cin), or None.
-        filter: Filter gate (B, Cout), or None.
-        position: Kernel position gate (B, kh*kw), or None.
+        element: Position times channel gate (B, kh*Cin*kw), or None.
+        scale: Filter gate times the dense gate's factor of 2 (B, Cout), or None.
         local_input: Input of the dense gate (B, Cin), or None.
         spectrum: Parseval-scaled half spectrum (R, C//2+1, 2).
         local_weight: Convolution weight (Cout*kh*kw, 1, t) of the dense gate, or None.
@@ -129,14 +125,11 @@ def dynamic_conv2d(
     rows, columns = gain_index.shape[0], x.shape[1] * kw
     weight = synthesize(spectrum, bands, gain_index, columns)
     if local_input is not None and local_weight is not None:
-        weight = weight * (2 * torch.sigmoid(local_logits(local_input, local_weight, kw)))
-    weight = position_gated(weight, position, kernel_size).to(x.dtype)
-    if channel is not None:
-        x = x * channel.to(x.dtype)[:, :, None, None]
-    weight = weight.view(x.shape[0], rows // kh, kh * columns)
+        weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
+    weight = element_gated(weight, element).to(x.dtype).view(x.shape[0], rows // kh, kh * columns)
     out = convolve_by_matmul(x, weight, kernel_size, stride, padding, dilation)
-    if filter is not None:
-        out = out * filter.to(x.dtype)[:, :, None, None]
+    if scale is not None:
+        out = out * scale.to(x.dtype)[:, :, None, None]
     return out
 
 

@@ -52,7 +52,7 @@ class SampleWeight:
             gain_index: int32 map (R, C//2+1) of the coefficients' groups.
             columns: C.
             keep_gate: Keeps what the backward pass needs.
-            element: Gate (B, kh, C) of kernel positions and channels, where there is no backward pass, or None.
+            element: Gate (B, kh*C) of kernel positions and channels to apply as well, or None.
         """
         batch, rows = len(bands), len(gain_index)
         taps = filters = None
@@ -63,7 +63,7 @@ class SampleWeight:
             lines = transform_rows(spectrum, bands, gain_index)
         gated = spectrum.new_empty(batch, rows, columns)
         gate = torch.empty_like(gated) if keep_gate and filters is not None else None
-        kernel_height = 1 if element is None else element.shape[1]
+        kernel_height = 1 if element is None else element.shape[1] // columns
         for block in row_blocks(gated, kernel_height):
             if bank is None:
                 plain = transform_columns(lines[:, block], columns)
@@ -76,7 +76,7 @@ class SampleWeight:
             if gate is not None:
                 gate[:, block] = part
             if element is not None:
-                part.view(batch, -1, *element.shape[1:]).mul_(element[:, None])
+                part.view(batch, -1, element.shape[1]).mul_(element[:, None])
             torch.mul(part, plain, out=gated[:, block])
         return cls(gated, gate, taps)
 
@@ -84,6 +84,8 @@ class SampleWeight:
         self,
         grad: Tensor,
         bands: Tensor,
+        element: Tensor | None,
+        scale: Tensor | None,
         spectrum: Tensor,
         bank: Tensor | None,
         local_weight: Tensor | None,
@@ -91,24 +93,42 @@ class SampleWeight:
         kernel_width: int,
         grad_source: Tensor | None,
         grad_filters: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of bands and local input; those of spectrum or bank and of the local weight are added in place.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of bands, element gate, scale and local input; the other two are added in place.
 
         Args:
-            grad: Gradient of `gated`.
+            grad: Gradient (B, R, C) of the weight that convolves, scale[o] * gated[o, k] * element[k], over scale and
+                element.
+            bands: As for :meth:`make`.
+            element: Gate (B, kh*C) of kernel positions and channels, or None with `scale`.
+            scale: Gate (B, Cout) of the filters, or None.
+            spectrum: As for :meth:`make`.
+            bank: As for :meth:`make`.
+            local_weight: As for :meth:`make`.
+            gain_index: As for :meth:`make`.
+            kernel_width: kw.
             grad_source: Gradient of the spectrum or the bank to add to, or None.
             grad_filters: Gradient of the local weight to add to, as (R, kw*t), or None.
         """
-        grad_taps = filters = None
+        batch, kernel_height = len(bands), 1
+        grad_bands, grad_element, grad_scale, grad_taps = torch.zeros_like(bands), None, None, None
+        if scale is not None:
+            kernel_height = element.shape[1] // grad.shape[2]
+            grad_element, grad_scale = torch.zeros_like(element), torch.empty_like(scale)
         if local_weight is not None:
             filters = filters_of(local_weight, gain_index, self.taps)
             grad_taps = torch.zeros_like(self.taps)
         if bank is None:
             lines = spectrum.new_empty(*grad.shape[:2], spectrum.shape[1], dtype=spectrum.dtype.to_complex())
-        grad_bands = torch.zeros_like(bands)
-        for block in row_blocks(grad):
+        for block in row_blocks(grad, kernel_height):
             part = grad[:, block]
-            if filters is not None:
+            if scale is not None:
+                outputs = slice(block.start // kernel_height, block.stop // kernel_height)
+                products = (part * self.gated[:, block]).view(batch, -1, element.shape[1])
+                grad_scale[:, outputs] = torch.bmm(products, element[:, :, None]).squeeze(2)
+                grad_element += torch.bmm(scale[:, None, outputs], products).squeeze(1)
+                part = (part.view_as(products) * scale[:, outputs, None]).mul_(element[:, None]).view_as(part)
+            if local_weight is not None:
                 gate = self.gate[:, block]
                 logits = torch.rsub(gate, 1).mul_(self.gated[:, block]).mul_(part)
                 grad_filters[block] += torch.bmm(logits, self.taps.mT).sum(0)
@@ -123,7 +143,8 @@ class SampleWeight:
                 grad_source[:, block] += (bands.mT @ flat).view_as(bank[:, block])
         if bank is None:
             grad_bands = adjoint_rows(lines, spectrum, bands, gain_index, grad_source)
-        return grad_bands, None if grad_taps is None else channel_taps_adjoint(grad_taps, kernel_width)
+        grad_local_input = None if grad_taps is None else channel_taps_adjoint(grad_taps, kernel_width)
+        return grad_bands, grad_element, grad_scale, grad_local_input
 
 
 def filters_of(local_weight: Tensor, gain_index: Tensor, taps: Tensor) -> Tensor:
