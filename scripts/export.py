@@ -129,7 +129,7 @@ def sample_shapes(shape: tuple[int, int, int], batch: int | None, fixed_size: bo
     channels, height, width = shape
     sizes = [(height, width)]
     if not fixed_size:
-        sizes += [(height + 32, width), (height, width + 61), (max(height // 2, 40), max(width // 2, 40))]
+        sizes += [(height + 32, width), (height, width + 61), (max(height // 2, 64), max(width // 2, 64))]
     for size in sizes:
         for count in [batch] if batch else [1, 2, 5] if size == sizes[0] else [2]:
             yield count, channels, *size

@@ -357,7 +357,7 @@ class ModelTester:
     def test_load_checkpoint(self, case, model, x, tmp_path):
         """A file of the static model and one of its own load by timm's function, and the filter is the module's."""
         filter_fn = getattr(fdconv_zoo, self.module).checkpoint_filter_fn
-        static = timm.create_model(fdconv_zoo.static_twin(case[0]), **({"num_classes": CLASSES} | case[1])).eval()
+        static = timm.create_model(fdconv_zoo.static_name(case[0]), **({"num_classes": CLASSES} | case[1])).eval()
         randomise_norms(static)
         torch.save(static.state_dict(), tmp_path / "static.pth")
         load_checkpoint(model, str(tmp_path / "static.pth"), filter_fn=filter_fn)
