@@ -48,7 +48,10 @@ def free_dimensions(name) -> dict[int, Dim]:
 
 
 def inputs(name):
-    """Batches of one and more; odd, tall and large images, from the 64 x 64 of the example on: where the last map shrinks to one pixel, exporters draw a line."""
+    """Batches of one and more; odd, tall and large images.
+
+    None below the example's 64 x 64, where a last map of one pixel makes exporters draw a line.
+    """
     sizes = [(2, 64, 64), (1, 64, 64), (5, 64, 64)]
     if "swin" not in name:
         sizes += [(3, 96, 64), (1, 65, 131), (1, 224, 288)]
