@@ -98,7 +98,11 @@ class ModelTester:
             return
         names = timm.list_models(module=self.module)
         cases = [pytest.param((name, kwargs), id=f"{name}-small") for name, kwargs in self.small.items()]
-        cases += [pytest.param((name, self.large), id=name, marks=pytest.mark.slow) for name in names]
+        cases += [
+            pytest.param((name, self.large), id=name, marks=pytest.mark.slow)
+            for name in names
+            if self.small.get(name) != self.large
+        ]
         metafunc.parametrize("case", cases, scope="class")
 
     @pytest.fixture(scope="class")
