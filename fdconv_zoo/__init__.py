@@ -7,7 +7,7 @@ from .convert import (
     convert_to_fdconv,
     summary,
 )
-from .default_cfgs import static_twin
+from .default_cfgs import static_name
 from .layers import FDConv2d, FDLinear
 from .pretrained import PretrainedError
 from .version import __version__
@@ -24,6 +24,6 @@ __all__ = [
     "fdconv_mobilenet",
     "fdconv_resnet",
     "fdconv_swin",
-    "static_twin",
+    "static_name",
     "summary",
 ]

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 FDLayer = FDConv2d | FDLinear
 Include = Callable[[str, nn.Module], bool]
 
-# A layer with fewer channels on either side stays static: its spectrum has too few coefficients to divide.
+# A layer with fewer channels on either side stays static, as in the paper's models.
 MIN_CHANNELS = 17
 STEMS = {"stem", "conv1", "conv_stem", "patch_embed"}
 SHORTCUTS = {"downsample", "shortcut", "proj"}
@@ -93,7 +93,7 @@ def static_reason(name: str, layer: nn.Module, parent: nn.Module | None = None) 
 
 
 def _static_layers(model: nn.Module, include: Include | None) -> Iterator[tuple[str, nn.Module, str]]:
-    inside = tuple(f"{name}." for name, _ in named_fd_layers(model))
+    inside = tuple(f"{name}." if name else "" for name, _ in named_fd_layers(model))
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith(inside):
             reason = static_reason(name, module, model.get_submodule(name.rpartition(".")[0]))
@@ -154,12 +154,15 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
     linear_kwargs = {key: value for key, value in kwargs.items() if key in _keywords_of(FDLinear)}
     replaced: dict[nn.Module, FDLayer] = {}
     layers = list(_static_layers(model, include))
-    for _, module, reason in layers:
+    for name, module, reason in layers:
         if not reason and module not in replaced:
-            if isinstance(module, nn.Conv2d):
-                replaced[module] = FDConv2d.from_conv(module, **kwargs)
-            else:
-                replaced[module] = FDLinear.from_linear(module, **linear_kwargs)
+            try:
+                if isinstance(module, nn.Conv2d):
+                    replaced[module] = FDConv2d.from_conv(module, **kwargs)
+                else:
+                    replaced[module] = FDLinear.from_linear(module, **linear_kwargs)
+            except ValueError as error:
+                raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:
         raise ValueError(
             f"nothing to replace in {type(model).__name__}: "
@@ -182,13 +185,15 @@ def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
         initialize: Initialises `model`, in which FDConv layers stand as nn.Conv2d and nn.Linear meanwhile.
     """
     layers = dict(named_fd_layers(model))
-
     twins = {name: layer.static_twin() for name, layer in layers.items()}
     for name, twin in twins.items():
         _place(model, name, twin)
-    initialize()
+    try:
+        initialize()
+    finally:
+        for name, layer in layers.items():
+            _place(model, name, layer)
     for name, layer in layers.items():
-        _place(model, name, layer)
         layer.set_static(twins[name].weight, twins[name].bias)
 
 
@@ -221,14 +226,14 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
         if weight is not None:
             # A pointwise convolution and a linear layer may take each other's weight.
             shape, expected = tuple(weight.shape), layer.static_shape
-            if (*shape, 1, 1)[:4] != (*expected, 1, 1)[:4]:
+            if (*shape, 1, 1)[: max(4, len(shape))] != (*expected, 1, 1)[:4]:
                 wrong_shapes.append(f"{prefix}weight {shape} instead of {expected}")
                 continue
             out[f"{prefix}fdw.spectrum"] = to_spectrum(weight_to_matrix(weight.view((*expected, 1, 1)[:4])))
         if f"{prefix}fdw.spectrum" in out:
             for key in layer.state_dict(prefix=prefix):
                 if key != f"{prefix}bias":
-                    out.setdefault(key, own[key])
+                    out.setdefault(key, own[key].clone())
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {'; '.join(wrong_shapes)}")
     _raise_on_unfit([key for key in out if key not in own], "static")
@@ -306,6 +311,10 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         prefix = f"{name}." if name else ""
         if f"{prefix}dft_weight" not in state:
             continue
+        if not layer.fdw.official_order:
+            raise ValueError(
+                f"{name or 'the layer'} has mask_grid=None: build models for official checkpoints with mask_grid=64"
+            )
         shape, expected = tuple(state[f"{prefix}dft_weight"].shape), (1, *layer.fdw.spectrum.shape)
         if shape != expected:
             wrong_shapes.append(f"{prefix}dft_weight {shape} instead of {expected}")

@@ -35,7 +35,7 @@ def converted_cfgs(base: str, name: str, default: str) -> dict[str, dict[str, An
     return cfgs
 
 
-def static_twin(model_name: str) -> str:
+def static_name(model_name: str) -> str:
     """timm's name of the static model that an FDConv model of this package is made from, with a tag if that has one."""
     twin = get_pretrained_cfg(model_name).hf_hub_id.removeprefix("timm/")
     return twin if "." in model_name else twin.partition(".")[0]

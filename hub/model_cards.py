@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg, is_model_in_modules
 from torch import nn
 
 import fdconv_zoo
-from fdconv_zoo import static_twin
+from fdconv_zoo import static_name
 from fdconv_zoo.cost import count_macs, count_parameters
 from fdconv_zoo.pretrained import find_source
 from hub.card import PAPER
@@ -106,7 +106,7 @@ def source_row(name: str) -> list[str]:
 
 def weights_row(name: str) -> list[str]:
     """What the weights of a tag are, but for their cost."""
-    config, base = get_pretrained_cfg(name), static_twin(name)
+    config, base = get_pretrained_cfg(name), static_name(name)
     size, test_size = (
         "x".join(map(str, s[1:])) for s in (config.input_size, config.test_input_size or config.input_size)
     )
@@ -137,7 +137,7 @@ def architecture_rows(name: str, tags: Sequence[str]) -> tuple[list[str], list[l
     """The row of an architecture, and the rows of its weights with their costs."""
     print(f"counting {name}", file=sys.stderr)
     variants = [(config.input_size, config.num_classes) for config in map(get_pretrained_cfg, tags)]
-    static, model = (timm.create_model(n, device="meta") for n in (static_twin(name), name))
+    static, model = (timm.create_model(n, device="meta") for n in (static_name(name), name))
     reports = fdconv_zoo.summary(model)
     layers = f"{sum(report.replaced for report in reports)} of {len(reports)}"
     reduction = inspect.signature(type(model)).parameters["reduction"].default
@@ -148,7 +148,7 @@ def architecture_rows(name: str, tags: Sequence[str]) -> tuple[list[str], list[l
         parameters, macs = zip(before[variant], after[variant], strict=True)
         costs = [" → ".join(f"{n / unit:.2f}" for n in pair) for pair, unit in ((parameters, 1e6), (macs, 1e9))]
         rows.append([*weights_row(tag), *costs])
-    return [f"`{name}`", f"`{static_twin(name)}`", layers, str(Fraction(reduction)), f"{added:,}"], rows
+    return [f"`{name}`", f"`{static_name(name)}`", layers, str(Fraction(reduction)), f"{added:,}"], rows
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

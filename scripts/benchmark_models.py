@@ -15,7 +15,7 @@ from models import expand_names
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_twin
+from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference.py"
@@ -75,7 +75,7 @@ def model_pair(name: str, img_size: int, seed: int, model_kwargs: Mapping[str, A
     Raises:
         ValueError: The model can't be had with that image size or these arguments.
     """
-    twin = static_twin(name)
+    twin = static_name(name)
     models = []
     for model_name, kwargs in ((name, model_kwargs), (twin, {})):
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
-from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict, static_twin
+from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict, static_name
 
 
 def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:
@@ -57,7 +57,7 @@ def add_static_twins(names: Sequence[str]) -> list[str]:
         architecture = name.partition(".")[0]
         if architecture.endswith("_fdconv"):
             config = get_pretrained_cfg(name)
-            listed.append(static_twin(f"{architecture}.{config.tag}" if config and config.tag else name))
+            listed.append(static_name(f"{architecture}.{config.tag}" if config and config.tag else name))
     if len(listed) == len(names):
         raise ValueError(f"none of {', '.join(names)} is an FDConv model, to be compared with a static one")
     return list(dict.fromkeys(listed))

@@ -8,16 +8,15 @@ function in traceable form, the reference for this one, is :func:`~fdconv_zoo.la
 torch.compile takes this one as an operator of its own and fuses what is around it.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fdw import adjoint_columns, adjoint_rows, refuse_second_derivatives, transform
-from .functional import element_gated, pad
+from .functional import element_gated, pad, without_autocast
 from .sample_conv import Geometry, SampleConv
-from .sample_weight import SampleWeight
+from .sample_weight import Inputs, SampleWeight
+from .transform import adjoint_columns, adjoint_rows, transform
 
 # Weight elements of one chunk. On a CPU the chunk should stay in the cache; on a GPU it should fill the device.
 CPU_CHUNK = 1 << 20
@@ -26,35 +25,6 @@ GPU_CHUNK = 1 << 26
 BANK_LIMIT = 1 << 22
 # Below this many output places, reordering a fresh weight for a convolution kernel costs more than a matrix product.
 MATMUL_PLACES = 128
-
-
-class Inputs(NamedTuple):
-    """The tensors that a dynamic convolution is a function of, or their gradients.
-
-    Attributes:
-        x: Input (B, Cin, H, W) in the dtype to convolve in.
-        bands: Gain of each frequency group (B, n).
-        element: Position times channel gate (B, kh*Cin*kw), or None.
-        scale: Filter gate times the dense gate's factor of 2 (B, Cout), or None.
-        local_input: Input of the dense gate (B, Cin), or None.
-        spectrum: Parseval-scaled half spectrum (R, C//2+1, 2).
-        local_weight: Convolution weight (Cout*kh*kw, 1, t) of the dense gate, or None.
-    """
-
-    x: Tensor
-    bands: Tensor
-    element: Tensor | None
-    scale: Tensor | None
-    local_input: Tensor | None
-    spectrum: Tensor
-    local_weight: Tensor | None
-
-    def chunks(self, size: int) -> Iterator["Inputs"]:
-        """Inputs of chunks of `size` samples."""
-        for start in range(0, len(self.x), size):
-            rows = slice(start, start + size)
-            batched = (None if tensor is None else tensor[rows] for tensor in self[:5])
-            yield Inputs(*batched, self.spectrum, self.local_weight)
 
 
 class Plan(NamedTuple):
@@ -89,7 +59,9 @@ class Plan(NamedTuple):
             by_groups = kernel_size != (1, 1)
         else:
             height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-            by_groups = height * width >= MATMUL_PLACES and not (channels_last and chunk > 1)
+            # Channels-last samples would be copied for a grouped convolution; patches of large kernels cost more.
+            copied = channels_last and chunk > 1 and kernel_size == (1, 1)
+            by_groups = height * width >= MATMUL_PLACES and not copied
         use_bank = batch > num_bands and num_bands * elements <= BANK_LIMIT
         return cls(Geometry(kernel_size, stride, padding, dilation, by_groups), chunk, use_bank)
 
@@ -108,10 +80,19 @@ def output_size(
     )
 
 
-def make_bank(spectrum: Tensor, num_bands: int, gain_index: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Weight matrix of each group (n, R, C), and the gains (n, n) that make it."""
-    gains = torch.eye(num_bands, device=spectrum.device, dtype=spectrum.dtype)
-    return transform(spectrum, gains, gain_index, columns), gains
+def make_bank(inputs: Inputs, gain_index: Tensor, columns: int) -> Tensor:
+    """Weight matrix (n, R, C) of each frequency group."""
+    return transform(inputs.spectrum, bank_gains(inputs), gain_index, columns)
+
+
+def bank_gains(inputs: Inputs) -> Tensor:
+    """Gains (n, n) that pick one frequency group each."""
+    return torch.eye(inputs.bands.shape[1], device=inputs.spectrum.device, dtype=inputs.spectrum.dtype)
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """Joins chunks of a batch, without a copy where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def forward_pass(
@@ -123,23 +104,17 @@ def forward_pass(
         Output (B, Cout, Hout, Wout), and the weights of each chunk if they are to be kept.
     """
     columns = inputs.x.shape[1] * plan.geometry.kernel_size[1]
-    bank = None
-    if plan.use_bank:
-        bank, _ = make_bank(inputs.spectrum, inputs.bands.shape[1], gain_index, columns)
+    bank = make_bank(inputs, gain_index, columns) if plan.use_bank else None
     outputs, weights = [], []
     for part in inputs.chunks(plan.chunk):
-        # Without a backward pass, the element gate is applied to one block in the cache at a time.
-        weight = SampleWeight.make(
-            part.bands, part.local_input, part.spectrum, bank, part.local_weight, gain_index, columns, keep,
-            None if keep else part.element,
-        )  # fmt: skip
+        weight = SampleWeight.make(part, bank, gain_index, columns, keep)
         kernels = weight.gated
         if keep:
             weights.append(weight)
             kernels = element_gated(kernels, part.element)
         out = SampleConv(part.x, plan.geometry).forward(kernels.to(part.x.dtype))
         outputs.append(out if part.scale is None else out.mul_(part.scale.to(out.dtype)[:, :, None, None]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), weights
+    return join(outputs), weights
 
 
 def backward_pass(
@@ -166,22 +141,16 @@ def backward_pass(
         Gradients of the inputs, None for those that are None or not needed.
     """
     kw = plan.geometry.kernel_size[1]
-    spectrum, local_weight, channels = inputs.spectrum, inputs.local_weight, inputs.x.shape[1]
-    bank = grad_bank = grad_filters = None
-    if plan.use_bank:
-        bank, bank_gains = make_bank(spectrum, inputs.bands.shape[1], gain_index, channels * kw)
-        grad_bank = torch.zeros_like(bank) if need_spectrum else None
+    spectrum, local_weight, columns = inputs.spectrum, inputs.local_weight, inputs.x.shape[1] * kw
+    bank = make_bank(inputs, gain_index, columns) if plan.use_bank else None
     grad_spectrum = torch.zeros_like(spectrum) if need_spectrum else None
+    grad_bank = torch.zeros_like(bank) if need_spectrum and bank is not None else None
+    grad_filters = None
     if local_weight is not None:
         grad_filters = local_weight.new_zeros(len(gain_index), kw * local_weight.shape[2])
     grads: dict[str, list[Tensor]] = {name: [] for name in Inputs._fields[:5]}
     for i, (part, grad_out) in enumerate(zip(inputs.chunks(plan.chunk), grad.split(plan.chunk), strict=True)):
-        if weights is None:
-            weight = SampleWeight.make(
-                part.bands, part.local_input, spectrum, bank, local_weight, gain_index, channels * kw, keep_gate=True
-            )
-        else:
-            weight = weights[i]
+        weight = weights[i] if weights else SampleWeight.make(part, bank, gain_index, columns, keep=True)
         convolution = SampleConv(part.x, plan.geometry)
         grad_weight = convolution.grad_weight(grad_out, len(gain_index)).to(spectrum.dtype)
         if need_x:
@@ -189,17 +158,15 @@ def backward_pass(
                 grad_out = grad_out * part.scale.to(grad_out.dtype)[:, :, None, None]
             kernels = element_gated(weight.gated, part.element).to(part.x.dtype)
             grads["x"].append(convolution.grad_input(grad_out, kernels))
-        parts = weight.backward(
-            grad_weight, part.bands, part.element, part.scale, spectrum, bank, local_weight, gain_index, kw,
-            grad_spectrum if bank is None else grad_bank, grad_filters,
-        )  # fmt: skip
+        grad_source = grad_spectrum if bank is None else grad_bank
+        parts = weight.backward(grad_weight, part, bank, gain_index, kw, grad_source, grad_filters)
         for name, value in zip(Inputs._fields[1:5], parts, strict=True):
             if value is not None:
                 grads[name].append(value)
     if grad_bank is not None:
-        adjoint_rows(adjoint_columns(grad_bank), spectrum, bank_gains, gain_index, grad_spectrum)
+        adjoint_rows(adjoint_columns(grad_bank), spectrum, bank_gains(inputs), gain_index, grad_spectrum)
     return Inputs(
-        *(torch.cat(parts) if parts else None for parts in grads.values()),
+        *(join(parts) if parts else None for parts in grads.values()),
         grad_spectrum,
         None if grad_filters is None else grad_filters.view_as(local_weight),
     )
@@ -212,16 +179,22 @@ class _DynamicConv(torch.autograd.Function):
         output, weights = forward_pass(plan, gain_index, Inputs(*inputs), keep=not recompute)
         kept = (tensor for weight in weights for tensor in (weight.gated, weight.gate, weight.taps))
         ctx.save_for_backward(gain_index, *inputs, *kept)
-        return output
+        # A view made here could not be changed in place by what follows, such as ReLU(inplace=True).
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "FDConv has no second derivatives in eager mode (create_graph=True); its traceable form has: "
+                "fdconv_zoo.layers.functional.dynamic_conv2d"
+            )
         gain_index, *tensors = ctx.saved_tensors
         inputs, kept = Inputs(*tensors[:7]), tensors[7:]
         weights = None if ctx.recompute else [SampleWeight(*kept[i : i + 3]) for i in range(0, len(kept), 3)]
         need_x, need_spectrum = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
-        grads = backward_pass(ctx.plan, gain_index, inputs, grad, weights, need_x, need_spectrum)
+        with without_autocast(grad.device.type):
+            grads = backward_pass(ctx.plan, gain_index, inputs, grad, weights, need_x, need_spectrum)
         return None, None, None, *grads
 
 
@@ -258,13 +231,15 @@ def eager_conv2d(
     pads = (padding[2], padding[0])
     size = tuple(inputs.x.shape[2:])
     height, width = output_size(size, kernel_size, stride, pads, dilation)
+    if inputs.x.numel() == 0:
+        # Nothing to convolve, but still a function of the input and the weight, as nn.Conv2d's output is.
+        nothing = inputs.x.sum() + inputs.spectrum.sum().to(inputs.x.dtype)
+        return nothing.expand(len(inputs.x), gain_index.shape[0] // kernel_size[0], max(height, 0), max(width, 0))
     if min(height, width) < 1:
         raise ValueError(f"input of {size[0]}, {size[1]} pixels with padding {pads} is less than kernel {kernel_size}")
-    if len(inputs.x) == 0:
-        return inputs.x.new_zeros(0, gain_index.shape[0] // kernel_size[0], height, width)
     if torch.compiler.is_compiling():
         return torch.ops.fdconv_zoo.conv2d(*inputs, gain_index, kernel_size, stride, pads, dilation, channels_last)
     plan = Plan.make(inputs, gain_index, kernel_size, stride, pads, dilation, channels_last)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return _DynamicConv.apply(plan, recompute, gain_index, *inputs)
     return forward_pass(plan, gain_index, inputs)[0]

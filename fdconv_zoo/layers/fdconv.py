@@ -50,6 +50,11 @@ class _FDLayer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if min(in_channels, out_channels, *kernel_size) < 1 or reduction <= 0:
+            raise ValueError(
+                f"{in_channels} to {out_channels} channels, kernel_size={kernel_size}, reduction={reduction}, but all "
+                "must be above 0"
+            )
         self.kernel_shape = kernel_size
         self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
@@ -67,9 +72,9 @@ class _FDLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialises the static weight and the bias as nn.Conv2d and nn.Linear do, and every gate at 1."""
-        matrix = torch.empty(self.fdw.rows, self.fdw.columns, device=self.fdw.spectrum.device)
-        bound = (self.fdw.columns * self.kernel_shape[0]) ** -0.5
-        self.fdw.set_matrix(matrix.uniform_(-bound, bound))
+        fan_in = self.fdw.columns * self.kernel_shape[0]
+        self.fdw.reset_parameters(fan_in)
+        bound = fan_in**-0.5
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
         self.reset_modulation()
@@ -226,6 +231,8 @@ class FDConv2d(_FDLayer):
         self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
         self.dilation = to_2tuple(dilation)
         self.groups = groups
+        if min(*self.stride, *self.dilation) < 1:
+            raise ValueError(f"stride={stride} and dilation={dilation}, but both must be at least 1")
         if self.padding == "same":
             if self.stride != (1, 1):
                 raise ValueError(f"padding='same' needs stride 1, but stride={stride}")
@@ -234,6 +241,8 @@ class FDConv2d(_FDLayer):
             if self.padding != "valid":
                 raise ValueError(f"padding={padding!r}, but it must be a number, a pair, 'same' or 'valid'")
             self.pads = (0, 0, 0, 0)
+        elif min(self.padding) < 0:
+            raise ValueError(f"padding={padding}, but it must be at least 0")
         else:
             self.pads = (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
 
@@ -246,8 +255,12 @@ class FDConv2d(_FDLayer):
             **kwargs: Keyword arguments of FDConv2d.
 
         Raises:
-            ValueError: If `conv` has groups, or pads with something other than zeros.
+            ValueError: If `conv` is of a subclass, has groups, or pads with something other than zeros.
         """
+        if type(conv) is not nn.Conv2d:
+            raise ValueError(
+                f"{type(conv).__name__} may compute something else than nn.Conv2d, which alone is converted"
+            )
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode={conv.padding_mode!r}, but FDConv2d pads with zeros only")
         layer = cls(
@@ -344,7 +357,14 @@ class FDLinear(_FDLayer):
         Args:
             linear: Source layer, unchanged.
             **kwargs: Keyword arguments of FDLinear.
+
+        Raises:
+            ValueError: If `linear` is of a subclass.
         """
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{type(linear).__name__} may compute something else than nn.Linear, which alone is converted"
+            )
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None,
             device=linear.weight.device, dtype=linear.weight.dtype, **kwargs,
@@ -360,7 +380,7 @@ class FDLinear(_FDLayer):
             raise ValueError(f"input of dtype {x.dtype}, but FDLinear takes floating-point numbers")
         tokens = (x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)).transpose(1, 2).unsqueeze(-1)
         out = self._forward_map(tokens, (1, 1), (0, 0, 0, 0), (1, 1), True)
-        return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features])
+        return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features]).contiguous()
 
     @property
     def static_shape(self) -> tuple[int, int]:

@@ -13,16 +13,11 @@ What differs from the official code:
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .matmul_fft import inverse_rfft2
-
-# Elements of a block of work that stays in a CPU core's cache.
-CACHE_ELEMENTS = 1 << 20
 
 
 def band_index(rows: int, columns: int, num_bands: int, official_order: bool = False) -> Tensor:
@@ -119,104 +114,6 @@ def gather_gains(gains: Tensor, inner_factor: float, gain_index: Tensor) -> Tens
     return table.index_select(1, gain_index.flatten()).view(-1, gain_index.shape[0], gain_index.shape[1])
 
 
-def row_blocks(matrices: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """Slices of the rows of matrices (B, R, C), of a multiple of rows, that fit a CPU's cache; all rows on a GPU."""
-    batch, rows, columns = matrices.shape
-    size = rows if matrices.is_cuda else max(1, CACHE_ELEMENTS // (batch * columns * multiple)) * multiple
-    return (slice(start, start + size) for start in range(0, rows, size))
-
-
-def contiguous_matrices(x: Tensor) -> Tensor:
-    """Contiguous copy of matrices (B, R, C); on a CPU, only a lone two-dimensional tensor is transposed fast."""
-    return x[0].contiguous().unsqueeze(0) if x.shape[0] == 1 else x.contiguous()
-
-
-def transform_rows(spectrum: Tensor, gains: Tensor, gain_index: Tensor) -> Tensor:
-    """First half of :func:`transform`: gains and the transform along the rows' axis, to lines (B, R, C//2+1)."""
-    coefficients, batch = torch.view_as_complex(spectrum), len(gains)
-    half = coefficients.new_empty(batch, *coefficients.shape)
-    for block in row_blocks(half):
-        gathered = gather_gains(gains, math.sqrt(0.5), gain_index[block])
-        torch.mul(coefficients[block], gathered, out=half[:, block])
-    return contiguous_matrices(torch.fft.ifft(half, dim=1, norm="ortho"))
-
-
-def transform_columns(lines: Tensor, columns: int) -> Tensor:
-    """Second half of :func:`transform`: any rows of the lines (B, rows, C//2+1) to those of the matrix (B, rows, C)."""
-    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
-
-
-def transform(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
-    """:func:`synthesize` without autograd: see there.
-
-    On a CPU, two one-dimensional transforms on contiguous memory take half the time of irfft2.
-    """
-    return transform_columns(transform_rows(spectrum, gains, gain_index), columns)
-
-
-def adjoint_columns(grad: Tensor) -> Tensor:
-    """Adjoint of :func:`transform_columns` but for the factors of :func:`adjoint_rows`: (B, rows, C) to lines."""
-    return torch.fft.rfft(grad, dim=2, norm="ortho")
-
-
-def adjoint_rows(
-    lines: Tensor, spectrum: Tensor, gains: Tensor, gain_index: Tensor, grad_spectrum: Tensor | None
-) -> Tensor:
-    """Gradients of :func:`transform` from the lines of :func:`adjoint_columns`: one transform, and sums by group.
-
-    Args:
-        lines: Lines (B, R, C//2+1) of the gradient of the weight matrices.
-        spectrum: As for :func:`transform`.
-        gains: As for :func:`transform`.
-        gain_index: As for :func:`transform`.
-        grad_spectrum: The spectrum's gradient (R, C//2+1, 2), to which that of these samples is added, or None.
-
-    Returns:
-        Gradient of the gains (B, n).
-    """
-    # The Parseval-scaled transform is orthonormal, so its adjoint is its inverse: analyse the gradient.
-    half = torch.fft.fft(lines, dim=1, norm="ortho")
-    batch, bins = len(gains), 2 * gains.shape[1]
-    sums = torch.zeros(batch * bins, device=gains.device, dtype=gains.dtype)
-    # One flat index_add_ with an offset for each sample: along dim 1 it is ten times slower on a CPU.
-    offset = torch.arange(batch, device=gains.device, dtype=torch.int32)[:, None] * bins
-    # Blocks of columns stay in a CPU's cache, where the transposed result of the transform meets the spectrum.
-    width = half.shape[2] if half.is_cuda else max(1, CACHE_ELEMENTS // (2 * batch * half.shape[1]))
-    for start in range(0, half.shape[2], width):
-        block = slice(start, start + width)
-        part, index = contiguous_matrices(half[:, :, block]), gain_index[:, block]
-        products = torch.view_as_real(part) * spectrum[:, block]
-        flat_index = index.flatten() if batch == 1 else (offset + index.flatten()).flatten()
-        sums.index_add_(0, flat_index, (products[..., 0] + products[..., 1]).flatten())
-        if grad_spectrum is not None:
-            part *= gather_gains(gains, math.sqrt(2), index)
-            grad_spectrum[:, block] += torch.view_as_real(part[0] if batch == 1 else part.sum(0))
-    outer, inner = sums.view(batch, bins).chunk(2, dim=1)
-    return outer + inner * math.sqrt(2)
-
-
-def refuse_second_derivatives() -> None:
-    """Raises a RuntimeError in a backward pass that is to be differentiated again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "FDConv has no second derivatives in eager mode (create_graph=True); its traced form has: "
-            "fdconv_zoo.layers.functional.dynamic_conv2d"
-        )
-
-
-class _Synthesize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
-        ctx.save_for_backward(spectrum, gains, gain_index)
-        return transform(spectrum, gains, gain_index, columns)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        refuse_second_derivatives()
-        grad_spectrum = torch.zeros_like(ctx.saved_tensors[0]) if ctx.needs_input_grad[0] else None
-        return grad_spectrum, adjoint_rows(adjoint_columns(grad), *ctx.saved_tensors, grad_spectrum), None, None
-
-
 def synthesize(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
     """Weight matrices from one spectrum and the gains of its groups (Eq. 4-5).
 
@@ -229,16 +126,13 @@ def synthesize(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int
     Returns:
         Weight matrices (B, R, C).
     """
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
-        half = spectrum * gather_gains(gains, math.sqrt(0.5), gain_index).unsqueeze(-1)
-        if not torch.jit.is_scripting():
-            if torch.onnx.is_in_onnx_export():
-                return inverse_rfft2(half, columns)
-        lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
-        return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
-    else:
-        return _Synthesize.apply(spectrum, gains, gain_index, columns)
+    # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
+    half = spectrum * gather_gains(gains, math.sqrt(0.5), gain_index).unsqueeze(-1)
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            return inverse_rfft2(half, columns)
+    lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
+    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
 
 
 class FDW(nn.Module):
@@ -273,17 +167,26 @@ class FDW(nn.Module):
         self.num_bands = num_bands
         self.official_order = official_order
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
-        self.register_buffer("gain_index", self._make_gain_index(self.spectrum.device), persistent=False)
+        self.register_buffer("gain_index", None, persistent=False)
+        self.reset_parameters()
 
-    def _make_gain_index(self, device: torch.device) -> Tensor:
-        index = band_index(self.rows, self.columns, self.num_bands, self.official_order)
-        index[:, 1 : (self.columns + 1) // 2] += self.num_bands
-        return index.to(device)
+    @torch.jit.ignore
+    def reset_parameters(self, fan_in: int | None = None) -> None:
+        """Recomputes the index and initialises the weight matrix as nn.Conv2d and nn.Linear do.
+
+        Args:
+            fan_in: Inputs of one output, Cin*kh*kw; C if it is not given.
+        """
+        self.init_non_persistent_buffers()
+        bound = (fan_in or self.columns) ** -0.5
+        self.set_matrix(torch.empty(self.rows, self.columns, device=self.spectrum.device).uniform_(-bound, bound))
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Recomputes the index after construction on the meta device (timm's and Hugging Face's protocol)."""
-        self.gain_index = self._make_gain_index(self.spectrum.device)
+        index = band_index(self.rows, self.columns, self.num_bands, self.official_order)
+        index[:, 1 : (self.columns + 1) // 2] += self.num_bands
+        self.gain_index = index.to(self.spectrum.device)
 
     @torch.jit.ignore
     def band_index(self) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from fdconv_zoo import convert_static_state_dict, static_twin
+from fdconv_zoo import convert_static_state_dict, static_name
 from fdconv_zoo.pretrained import find_source
 from hub import model_cards
 from tests.compare import randomise_norms, relative_error
@@ -80,7 +80,7 @@ def test_known_digests_and_commits_are_given_with_where_they_were_seen():
 
 def test_published_figures_are_of_the_registered_bases_alone():
     results = json.loads(model_cards.STATIC_RESULTS.read_text(encoding="utf-8"))["results"]
-    tags = {static_twin(name): get_pretrained_cfg(name) for name in model_cards.registered_tags()}
+    tags = {static_name(name): get_pretrained_cfg(name) for name in model_cards.registered_tags()}
     assert set(results) == set(tags)
     for base, row in results.items():
         if row:
@@ -119,7 +119,7 @@ def test_every_architecture_computes_what_its_static_base_does(name):
     torch.manual_seed(0)
     size = SMALL.get(name.removesuffix("_fdconv"), 64)
     options = {"img_size": size} if name.startswith("swin") else {}
-    static = randomise_norms(timm.create_model(static_twin(name), num_classes=10, **options)).eval().double()
+    static = randomise_norms(timm.create_model(static_name(name), num_classes=10, **options)).eval().double()
     batch_norms = [module for module in static.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
         if batch_norms:  # statistics that fit, or a deep ResNet's output no longer depends on its input

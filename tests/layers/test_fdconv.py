@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import eager, fdw
+from fdconv_zoo.layers import eager, transform
 from tests import reference
 from tests.compare import assert_matches, randomise, relative_error
 
@@ -159,7 +159,7 @@ def test_chunks_change_nothing(name, recompute, samples, monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["3x3 odd channels, uneven groups", "1x1 of a large map", "more samples than groups"])
 def test_blocks_change_nothing(name, recompute, elements, monkeypatch):
-    monkeypatch.setattr(fdw, "CACHE_ELEMENTS", elements)
+    monkeypatch.setattr(transform, "CACHE_ELEMENTS", elements)
     layer, x = layer_and_input(CONFIGS[name], recompute=recompute)
     assert_matches(layer.eval(), x, reference_of(layer, CONFIGS[name]), tol=1e-11)
 
@@ -167,7 +167,7 @@ def test_blocks_change_nothing(name, recompute, elements, monkeypatch):
 @pytest.mark.parametrize("elements", [1, 150, 400])
 @pytest.mark.parametrize("ksm", [False, True])
 def test_blocks_change_nothing_for_one_sample_and_without_gates(ksm, elements, monkeypatch):
-    monkeypatch.setattr(fdw, "CACHE_ELEMENTS", elements)
+    monkeypatch.setattr(transform, "CACHE_ELEMENTS", elements)
     layer, x = layer_and_input(CONFIGS["3x3"], ksm=ksm)
     run = partial(reference_of(layer.eval(), CONFIGS["3x3"]), ksm=ksm)
     assert_matches(layer, x[:1], run, tol=1e-11)

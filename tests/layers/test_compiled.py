@@ -1,0 +1,54 @@
+"""The operators of torch.compile against the eager layers that they stand for."""
+
+import pytest
+import torch
+from torch import nn
+
+from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.layers import compiled  # noqa: F401  registers the operators
+from tests.compare import randomise, relative_error
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = FDConv2d(18, 24, 3, padding=1, stride=2, num_bands=8)
+        self.pointwise = FDConv2d(24, 20, 1, bias=False, num_bands=8)
+        self.linear = FDLinear(20, 18, num_bands=8)
+
+    def forward(self, x):
+        return self.linear(self.pointwise(self.conv(x).relu_()).relu_().permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_equals_eager_forward_and_backward(training, memory_format):
+    net = randomise(Net()).train(training)
+    x = torch.randn(4, 18, 14, 14).contiguous(memory_format=memory_format).requires_grad_()
+    parameters = [x, *net.parameters()]
+    output = net(x)
+    grads = torch.autograd.grad(output.square().mean(), parameters)
+    compiled_output = torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+    compiled_grads = torch.autograd.grad(compiled_output.square().mean(), parameters)
+    assert relative_error(compiled_output, output) < 1e-5
+    for grad, expected in zip(compiled_grads, grads, strict=True):
+        assert relative_error(grad, expected) < 1e-4
+
+
+def layer_arguments(layer, x):
+    spectrum = layer.fdw.exact_spectrum()
+    bands, *_ = layer.ksm(x.mean((2, 3)))[0]
+    inputs = (x, bands.detach(), None, None, None, spectrum.detach().requires_grad_(), None)
+    return *inputs, layer.fdw.gain_index, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_operator_keeps_the_rules_of_operators(channels_last):
+    layer = randomise(FDConv2d(18, 20, 3, padding=1, num_bands=4, ksm=False, fbm=False)).eval()
+    x = torch.randn(2, 18, 6, 5)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(
+        torch.ops.fdconv_zoo.conv2d, (*layer_arguments(layer, x), channels_last),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
