@@ -387,15 +387,16 @@ class ModelTester:
     # Scripts and graphs
 
     def test_torchscript(self, model, x):
+        model, x = model.double(), x.double()
         expected, grads = model(x).detach(), gradients(model, x)
         scripted = torch.jit.script(model)
-        assert relative_error(scripted(x).detach(), expected) < 1e-4
+        assert relative_error(scripted(x).detach(), expected) < 1e-9
         assert scripted(x[:1]).shape == (1, CLASSES)
-        assert_same_gradients(gradients(scripted, x), grads, 1e-3)
+        assert_same_gradients(gradients(scripted, x), grads, 1e-6)
         file = io.BytesIO()
         torch.jit.save(scripted, file)
         file.seek(0)
-        assert relative_error(torch.jit.load(file)(x).detach(), expected) < 1e-4
+        assert relative_error(torch.jit.load(file)(x).detach(), expected) < 1e-9
 
     def test_fx_graph(self, model, x):
         with torch.inference_mode():
@@ -415,8 +416,9 @@ class ModelTester:
 
     @torch.no_grad()
     def test_fx_graph_in_torchscript(self, model, x):
+        model, x = model.double(), x.double()
         scripted = torch.jit.script(trace(model))
-        assert relative_error(torch.cat(tuple(scripted(x).values())), model(x)) < 1e-4
+        assert relative_error(torch.cat(tuple(scripted(x).values())), model(x)) < 1e-9
 
     @torch.no_grad()
     def test_fx_features(self, case, model, x):

@@ -17,10 +17,10 @@ CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(24, 32, 40, 48), num_classes=7)
 SMALL = [
     pytest.param("resnet18_fdconv", NARROW | dict(layers=(1, 1, 1, 1)), id="resnet"),
     pytest.param("convnext_atto_fdconv", CONVNEXT, id="convnext_conv_mlp"),
-    pytest.param("convnext_tiny_fdconv", CONVNEXT, id="convnext"),
     pytest.param("swin_tiny_fdconv", SWIN, id="swin"),
 ]
 FULL = [
+    pytest.param("convnext_tiny_fdconv", CONVNEXT, id="convnext"),
     pytest.param("resnet18_fdconv", NARROW | dict(layers=(1, 1, 1, 1), mask_grid=64), id="resnet_official_masks"),
     pytest.param("resnet18_fdconv", {}, id="resnet18"),
     pytest.param("resnet50_fdconv", {}, id="resnet50"),
