@@ -28,6 +28,14 @@ FULL = [
     pytest.param("convnext_atto_fdconv", {}, id="convnext_atto"),
     pytest.param("swin_tiny_fdconv", dict(img_size=64), id="swin_tiny"),
 ]
+# An ONNX export takes half a minute: the smallest model goes with every run.
+onnx_models = pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        pytest.param(*case.values, id=case.id, marks=() if case.id == "convnext_conv_mlp" else pytest.mark.slow)
+        for case in SMALL + FULL
+    ],
+)
 every_model = pytest.mark.parametrize(
     ("name", "kwargs"), SMALL + [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in FULL]
 )
@@ -97,7 +105,7 @@ def test_exported_program(name, kwargs, tmp_path):
         assert relative_error(loaded(x), model(x)) < 1e-4
 
 
-@every_model
+@onnx_models
 @torch.no_grad()
 def test_onnx(name, kwargs, tmp_path):
     model = build(name, kwargs)

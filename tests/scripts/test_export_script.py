@@ -32,7 +32,10 @@ def checkpoint(tmp_path):
     return model, path
 
 
-@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".torchscript"])
+@pytest.mark.parametrize(
+    "ending",
+    [pytest.param(".onnx", marks=pytest.mark.slow), pytest.param(".pt2", marks=pytest.mark.slow), ".torchscript"],
+)
 def test_file_computes_what_the_checkpoint_computes(export, checkpoint, tmp_path, capsys, ending):
     model, weights = checkpoint
     output = tmp_path / "new" / f"model{ending}"
@@ -52,6 +55,7 @@ def test_file_computes_what_the_checkpoint_computes(export, checkpoint, tmp_path
     assert relative_error(actual, expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_features_of_a_backbone(export, tmp_path, capsys):
     output = tmp_path / "features.pt2"
     flags = ["--no-weights", "--features", "--img-size", "64", "--model-kwargs", *SMALL[5:]]
