@@ -1,8 +1,8 @@
-# Everything from a fresh clone: `make demo`, `make test`, `make test-all`, `make lint`.
+# Everything from a fresh clone: `make demo`, `make test`, `make test-all`, `make lint`, `make cards`.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all cards lint clean
 
 .venv/.installed: pyproject.toml requirements-demo-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,6 +18,9 @@ test: .venv/.installed
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+cards: .venv/.installed
+	$(BIN)/python -m hub.model_cards --check
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

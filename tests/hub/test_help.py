@@ -1,9 +1,9 @@
 import pytest
 
-from hub import import_official, manifest, mirror, publish, verify
+from hub import import_official, manifest, mirror, model_cards, publish, verify
 
 
-@pytest.mark.parametrize("command", [import_official, manifest, mirror, publish, verify])
+@pytest.mark.parametrize("command", [import_official, manifest, mirror, model_cards, publish, verify])
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         command.main(["--help"])
