@@ -59,25 +59,28 @@ class _FDLayer(nn.Module):
         self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
         rows, columns = out_channels * kernel_size[0], in_channels * kernel_size[1]
-        self.fdw = FDW(rows, columns, num_bands, official_order=mask_grid is not None, **factory)
+        self.fdw = FDW(rows, columns, num_bands, mask_grid is not None, columns * kernel_size[0], **factory)
         self.ksm = KSM(
             in_channels, out_channels, kernel_size, num_bands, reduction, ksm, norm_layer, act_layer, **factory
         )
         has_bands = fbm and kernel_size != (1, 1)
         self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
-        self.reset_parameters()
+        self._reset_bias()
 
     @torch.jit.ignore
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialises the static weight and the bias as nn.Conv2d and nn.Linear do, and every gate at 1."""
-        fan_in = self.fdw.columns * self.kernel_shape[0]
-        self.fdw.reset_parameters(fan_in)
-        bound = fan_in**-0.5
-        if self.bias is not None:
-            self.bias.uniform_(-bound, bound)
+        self.fdw.reset_parameters()
+        self._reset_bias()
         self.reset_modulation()
+
+    @torch.no_grad()
+    def _reset_bias(self) -> None:
+        if self.bias is not None:
+            bound = self.fdw.fan_in**-0.5
+            self.bias.uniform_(-bound, bound)
 
     @torch.jit.ignore
     def reset_modulation(self) -> None:

@@ -143,6 +143,7 @@ class FDW(nn.Module):
         columns: Columns C = Cin*kw of the weight matrix.
         num_bands: Frequency groups n.
         official_order: See :func:`band_index`.
+        fan_in: Inputs of one output, Cin*kh*kw, for the initialisation; C if it is not given.
         device: Device of the parameter.
         dtype: Dtype of the parameter; the transforms run in float32 at least.
 
@@ -158,6 +159,7 @@ class FDW(nn.Module):
         columns: int,
         num_bands: int = 64,
         official_order: bool = False,
+        fan_in: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -166,19 +168,16 @@ class FDW(nn.Module):
         self.columns = columns
         self.num_bands = num_bands
         self.official_order = official_order
+        self.fan_in = fan_in or columns
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
         self.reset_parameters()
 
     @torch.jit.ignore
-    def reset_parameters(self, fan_in: int | None = None) -> None:
-        """Recomputes the index and initialises the weight matrix as nn.Conv2d and nn.Linear do.
-
-        Args:
-            fan_in: Inputs of one output, Cin*kh*kw; C if it is not given.
-        """
+    def reset_parameters(self) -> None:
+        """Recomputes the index and initialises the weight matrix as nn.Conv2d and nn.Linear do."""
         self.init_non_persistent_buffers()
-        bound = (fan_in or self.columns) ** -0.5
+        bound = self.fan_in**-0.5
         self.set_matrix(torch.empty(self.rows, self.columns, device=self.spectrum.device).uniform_(-bound, bound))
 
     @torch.jit.ignore
