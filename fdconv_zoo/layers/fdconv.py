@@ -29,7 +29,10 @@ def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tup
 
 
 class _FDLayer(nn.Module):
-    """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them."""
+    """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them.
+
+    They set `stride`, `dilation` and `pads`, the zeros (left, right, top, bottom).
+    """
 
     def __init__(
         self,
@@ -111,29 +114,15 @@ class _FDLayer(nn.Module):
             twin.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return twin.train(self.training)
 
-    def _forward_map(
-        self,
-        x: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int, int, int],
-        dilation: tuple[int, int],
-        channels_last: bool,
-    ) -> Tensor:
+    def _forward_map(self, x: Tensor, channels_last: bool) -> Tensor:
         if torch.jit.is_scripting():
-            return self._convolve(x, stride, padding, dilation, channels_last)
+            return self._convolve(x, channels_last)
         else:
             dtype = autocast_dtype(x)
             with without_autocast(x.device.type):
-                return self._convolve(x.to(dtype), stride, padding, dilation, channels_last)
+                return self._convolve(x.to(dtype), channels_last)
 
-    def _convolve(
-        self,
-        x: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int, int, int],
-        dilation: tuple[int, int],
-        channels_last: bool,
-    ) -> Tensor:
+    def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
         spectrum = self.fdw.exact_spectrum()
         gates, local_input = self.ksm(x.mean([2, 3], dtype=spectrum.dtype))
         gates = [gate.to(spectrum.dtype) for gate in gates]
@@ -154,13 +143,14 @@ class _FDLayer(nn.Module):
         if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
             out = dynamic_conv2d(
                 x, gates[0], element, scale, local_input, spectrum, local_weight, self.fdw.gain_index,
-                self.kernel_shape, stride, padding, dilation,
+                self.kernel_shape, self.stride, self.pads, self.dilation,
             )  # fmt: skip
         else:
             inputs = Inputs(x, gates[0], element, scale, local_input, spectrum, local_weight)
             out = eager_conv2d(
-                inputs, self.fdw.gain_index, self.kernel_shape, stride, padding, dilation, channels_last, self.recompute
-            )
+                inputs, self.fdw.gain_index, self.kernel_shape, self.stride, self.pads, self.dilation, channels_last,
+                self.recompute,
+            )  # fmt: skip
         bias = self.bias
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
@@ -280,10 +270,10 @@ class FDConv2d(_FDLayer):
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
         if torch.jit.is_scripting():
-            return self._forward_map(x, self.stride, self.pads, self.dilation, False)
+            return self._forward_map(x, False)
         else:
             channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-            out = self._forward_map(x, self.stride, self.pads, self.dilation, channels_last)
+            out = self._forward_map(x, channels_last)
             return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
     @property
@@ -352,6 +342,8 @@ class FDLinear(_FDLayer):
         )  # fmt: skip
         self.in_features = in_features
         self.out_features = out_features
+        self.stride = self.dilation = (1, 1)
+        self.pads = (0, 0, 0, 0)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> "FDLinear":
@@ -382,7 +374,7 @@ class FDLinear(_FDLayer):
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDLinear takes floating-point numbers")
         tokens = (x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)).transpose(1, 2).unsqueeze(-1)
-        out = self._forward_map(tokens, (1, 1), (0, 0, 0, 0), (1, 1), True)
+        out = self._forward_map(tokens, True)
         return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features]).contiguous()
 
     @property
