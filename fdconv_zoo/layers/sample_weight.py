@@ -52,8 +52,9 @@ class SampleWeight:
     """The weights of a chunk of samples, and what the backward pass needs of the forward pass that made them.
 
     Attributes:
-        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2, and the element gate.
-        gate: The dense gate, or None.
+        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2, and times the element gate
+            where the dense gate is not kept.
+        gate: The dense gate, kept for the backward pass, or None.
         taps: Its taps (B, kw*t, Cin*kw), or None.
     """
 
