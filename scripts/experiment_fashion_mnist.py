@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Train a small ResNet from scratch on Fashion-MNIST with SGD: static, FDConv, and FDConv part by part."""
+
+import gzip
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment_runs import create_parser, experiment
+from experiment_train import ImageTensors, read_recipe, recipe_settings
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
+from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.layers.fdw import column_scale
+
+NUM_BANDS = 16
+CHANNELS = (20, 40)
+# Keyword arguments of FDConv2d; `static` is not converted.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "static": {},
+    "fdconv": {},
+    "fdconv_official_scaling": {},
+    "fdw": {"ksm": False, "fbm": False},
+    "fdw_ksm": {"fbm": False},
+    "fdw_fbm": {"ksm": False},
+    "fdconv_1_band": {"num_bands": 1},
+    "fdconv_4_bands": {"num_bands": 4},
+    "fdconv_64_bands": {"num_bands": 64},
+}
+DESCRIPTION = f"""Train a small ResNet from scratch on Fashion-MNIST with SGD, and compare at equal epochs.
+
+  static                     the static network: two BasicBlocks of {CHANNELS[0]} and {CHANNELS[1]} channels
+  fdconv                     FDW, KSM and FBM, {NUM_BANDS} frequency groups, Parseval-scaled spectra
+  fdconv_official_scaling    the same, with the parameter of the official code, S / (min(Cin, Cout) // 2)
+  fdw, fdw_ksm, fdw_fbm      parts of FDConv
+  fdconv_{{1,4,64}}_band(s)    other numbers of frequency groups
+
+All variants of a seed start as the same function and see the same images in the same order with the same crops and
+flips; the figures are those of the last epoch on the 10,000 test images."""
+EXAMPLES = """examples:
+  apt-get install dataset-fashion-mnist
+  experiment_fashion_mnist.py --variants static fdconv fdconv_official_scaling
+  experiment_fashion_mnist.py --seeds 0 --epochs 1 --train-images 2000 --results-file outputs/try.json
+  experiment_fashion_mnist.py --variants static fdconv --lr 0.1 --results-file outputs/lr0.1.json"""
+FILES = {split: (f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz") for split in ("train", "t10k")}
+NORMALIZE = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.286], [0.353])]
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read a gzipped idx file of bytes: the format of MNIST, a header with the sizes and then the values.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    dims = data[3] if data[:3] == b"\0\0\x08" else 0
+    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
+    if not dims or len(data) != 4 + 4 * dims + torch.Size(shape).numel():
+        raise ValueError(f"{path} is no idx file of bytes")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * dims).view(shape)
+
+
+def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28) uint8 and labels (N,) int64 of `train` or `t10k`.
+
+    Raises:
+        FileNotFoundError: A file is missing; says how to install it.
+        ValueError: A file is not what it should be.
+    """
+    missing = [name for name in FILES[split] if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"no {missing[0]} in {folder}: run `apt-get install dataset-fashion-mnist` on Debian or Ubuntu, or give "
+            "--data-dir"
+        )
+    images, labels = (read_idx(folder / name) for name in FILES[split])
+    if images.dim() != 3 or len(images) != len(labels):
+        raise ValueError(f"{folder}: {list(images.shape)} {split} images and {list(labels.shape)} labels")
+    return images.unsqueeze(1), labels.long()
+
+
+class OfficialScaling(nn.Module):
+    """Parametrisation of an FDConv layer's spectrum by the parameter of the official code, S / (min(Cin, Cout) // 2).
+
+    The layer computes the same; a step of SGD on this parameter moves the weight
+    2 (min(Cin, Cout) // 2)^2 / (R C) times as far as a step on the static weight.
+    """
+
+    def __init__(self, layer: FDConv2d | FDLinear) -> None:
+        super().__init__()
+        rows, columns = layer.fdw.rows, layer.fdw.columns
+        factor = min(layer.static_shape[:2]) // 2 / (rows * columns) ** 0.5
+        self.register_buffer("scale", factor * column_scale(columns)[:, None])
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        return parameter * self.scale
+
+    def right_inverse(self, spectrum: Tensor) -> Tensor:
+        return spectrum / self.scale
+
+
+def use_official_scaling(model: nn.Module) -> nn.Module:
+    """Parametrise the spectra of a model as the official code does, in place; it computes the same function."""
+    for _, layer in named_fd_layers(model):
+        parametrize.register_parametrization(layer.fdw, "spectrum", OfficialScaling(layer))
+    return model
+
+
+def create_model(variant: str, seed: int) -> nn.Module:
+    """A variant of the network; those of a seed compute the same function at first.
+
+    timm's ResNet with a narrow 3x3 stem of stride 2 and two BasicBlocks, on maps of 14 and 7 pixels a side.
+    """
+    torch.manual_seed(seed)
+    channels = (*CHANNELS, CHANNELS[-1], CHANNELS[-1])
+    model = ResNet(
+        BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=channels, stem_type="deep",
+        stem_width=CHANNELS[0] // 2, zero_init_last=False,
+    )  # fmt: skip
+    model.maxpool = model.layer3 = model.layer4 = nn.Identity()  # 28 pixels have no need of them
+    if variant == "static":
+        return model
+    model = convert_to_fdconv(model, **{"num_bands": NUM_BANDS, "recompute": False, **VARIANTS[variant]})
+    return use_official_scaling(model) if variant == "fdconv_official_scaling" else model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line, or from ``argv``."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = create_parser("fashion_mnist", DESCRIPTION, EXAMPLES, list(VARIANTS))
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), metavar="DIR",
+        help="of the four .gz files (default: %(default)s, where the Debian package puts them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-images", type=int, default=20000, metavar="N", help="train on the first N (default: %(default)s)"
+    )
+    args, options = parser.parse_known_args(argv)
+    try:
+        recipe = read_recipe(args.config, [*options, *([f"--epochs={args.epochs}"] if args.epochs else [])], ["hflip"])
+        images, labels = read_split(args.data_dir, "train")
+        augment = v2.Compose([v2.RandomCrop(28, padding=2), v2.RandomHorizontalFlip(recipe.hflip), *NORMALIZE])
+        train_set = ImageTensors(images[: args.train_images], labels[: args.train_images], augment)
+        test_set = ImageTensors(*read_split(args.data_dir, "t10k"), v2.Compose(NORMALIZE))
+        files = [name for names in FILES.values() for name in names]
+        facts = {
+            "settings": {
+                "experiment": "fashion_mnist",
+                "channels": CHANNELS,
+                "num_bands": NUM_BANDS,
+                "train_images": len(train_set),
+                "test_images": len(test_set),
+                **recipe_settings(recipe, ["hflip"]),
+            },
+            "data_sha256": {name: hashlib.sha256((args.data_dir / name).read_bytes()).hexdigest() for name in files},
+        }
+        metrics = MetricCollection({"accuracy": MulticlassAccuracy(10, average="micro")})
+        experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
