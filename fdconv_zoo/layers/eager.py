@@ -19,12 +19,14 @@ from .sample_weight import Inputs, SampleWeight
 from .transform import adjoint_columns, adjoint_rows, transform
 
 # Weight elements of one chunk. On a CPU the chunk should stay in the cache; on a GPU it should fill the device.
-CPU_CHUNK = 1 << 20
+CPU_CHUNK = 1 << 18
 GPU_CHUNK = 1 << 26
 # Largest bank of group weights (num_bands x weight) that is mixed instead of transforming each sample's spectrum.
 BANK_LIMIT = 1 << 22
-# Below this many output places, reordering a fresh weight for a convolution kernel costs more than a matrix product.
+# Below this many output places, reordering fresh weights for a convolution kernel costs more than a matrix product.
 MATMUL_PLACES = 128
+# Stacking the input for a kernel's rows is cheaper than permuting the weight, element for element.
+STACKING_GAIN = 4
 
 
 class Plan(NamedTuple):
@@ -55,15 +57,15 @@ class Plan(NamedTuple):
         x, (batch, num_bands) = inputs.x, inputs.bands.shape
         elements = gain_index.shape[0] * x.shape[1] * kernel_size[1]
         chunk = max(1, (GPU_CHUNK if x.is_cuda else CPU_CHUNK) // elements)
-        if x.is_cuda:
-            by_groups = kernel_size != (1, 1)
-        else:
+        by_groups, stack_rows = kernel_size != (1, 1), False
+        if by_groups and not x.is_cuda:
             height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-            # Channels-last samples would be copied for a grouped convolution; patches of large kernels cost more.
-            copied = channels_last and chunk > 1 and kernel_size == (1, 1)
-            by_groups = height * width >= MATMUL_PLACES and not copied
+            stacked = kernel_size[0] * x.shape[1] * height * x.shape[3]
+            stack_rows = chunk == 1 and stride[1] == 1 and stacked < STACKING_GAIN * elements
+            by_groups = stack_rows or height * width >= MATMUL_PLACES
         use_bank = batch > num_bands and num_bands * elements <= BANK_LIMIT
-        return cls(Geometry(kernel_size, stride, padding, dilation, by_groups), chunk, use_bank)
+        geometry = Geometry(kernel_size, stride, padding, dilation, by_groups, stack_rows, channels_last)
+        return cls(geometry, chunk, use_bank)
 
 
 def output_size(

@@ -22,6 +22,9 @@ class Geometry:
         padding: Zeros above and below, and left and right.
         dilation: Vertical and horizontal dilation.
         by_groups: Convolve by one grouped convolution instead of a matrix product.
+        stack_rows: The kernel's rows become channels of a (1, kw) convolution, whose kernels are the weight matrix as
+            it lies in memory.
+        channels_last: Memory format of the output of a matrix product.
     """
 
     kernel_size: tuple[int, int]
@@ -29,6 +32,8 @@ class Geometry:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     by_groups: bool
+    stack_rows: bool
+    channels_last: bool
 
 
 class SampleConv:
@@ -36,44 +41,56 @@ class SampleConv:
 
     def __init__(self, x: Tensor, geometry: Geometry) -> None:
         self.x, self.geometry = x, geometry
-        self.patches = None
-        if not geometry.by_groups:
-            kh, kw = geometry.kernel_size
+        (kh, kw), (top, left) = geometry.kernel_size, geometry.padding
+        self.maps = self.patches = None
+        self.arguments = geometry.stride, geometry.padding, geometry.dilation
+        if geometry.stack_rows:
+            self.maps = unfold(pad(x, (0, 0, top, top)), (kh, 1), (geometry.stride[0], 1), geometry.dilation)
+            self.size = self.maps.shape[-2:]
+            self.maps = self.maps.view(len(x), -1, *self.size)
+            self.arguments = (1, geometry.stride[1]), (0, left), (1, geometry.dilation[1])
+        elif geometry.by_groups:
+            self.maps = x
+        else:
             if (kh, kw) == (1, 1) and geometry.padding == (0, 0):
                 patches = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
             else:
-                (top, left) = geometry.padding
                 patches = unfold(
                     pad(x, (left, left, top, top)), geometry.kernel_size, geometry.stride, geometry.dilation
                 )
             self.size = patches.shape[-2:]
             self.patches = patches.reshape(len(x), -1, patches.shape[-2] * patches.shape[-1])
 
-    def _arguments(self) -> tuple[tuple[int, int], ...]:
-        return self.geometry.stride, self.geometry.padding, self.geometry.dilation
-
     def _kernels(self, weight: Tensor) -> Tensor:
         kh, kw = self.geometry.kernel_size
-        kernels = weight.view(len(weight), -1, kh, weight.shape[2] // kw, kw).transpose(2, 3)
-        return kernels.reshape(-1, *kernels.shape[2:])
+        kernels = weight.view(len(weight), -1, kh, weight.shape[2] // kw, kw)
+        if self.geometry.stack_rows:
+            return kernels.view(-1, kh * kernels.shape[3], 1, kw)
+        return torch.stack(kernels.unbind(2), dim=3).flatten(0, 1)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Output (B, Cout, Hout, Wout) for weight matrices (B, R, C)."""
         batch = len(self.x)
-        if self.patches is None:
-            x = self.x.reshape(1, -1, *self.x.shape[2:])
-            out = F.conv2d(x, self._kernels(weight), None, *self._arguments(), groups=batch)
+        if self.maps is not None:
+            maps = self.maps.reshape(1, -1, *self.maps.shape[2:])
+            out = F.conv2d(maps, self._kernels(weight), None, *self.arguments, groups=batch)
             return out.view(batch, -1, *out.shape[2:])
-        return torch.bmm(weight.view(batch, -1, self.patches.shape[1]), self.patches).view(batch, -1, *self.size)
+        kernels = weight.view(batch, -1, self.patches.shape[1])
+        if self.geometry.channels_last:
+            out = torch.bmm(self.patches.mT, kernels.mT).mT
+        else:
+            out = torch.bmm(kernels, self.patches)
+        return out.unflatten(2, self.size)
 
     def grad_weight(self, grad: Tensor, rows: int) -> Tensor:
         """Gradient of the weight matrices (B, R, C), given R and that of the output."""
         batch, (kh, kw) = len(self.x), self.geometry.kernel_size
-        if self.patches is None:
-            shape = (batch * rows // kh, self.x.shape[1], kh, kw)
+        if self.maps is not None:
+            height = 1 if self.geometry.stack_rows else kh
+            shape = (batch * rows // kh, self.maps.shape[1], height, kw)
             kernels = torch.ops.aten.convolution_backward(
-                grad.reshape(1, -1, *grad.shape[2:]), self.x.reshape(1, -1, *self.x.shape[2:]),
-                grad.new_empty(1).expand(shape), None, *self._arguments(), False, (0, 0), batch, (False, True, False),
+                grad.reshape(1, -1, *grad.shape[2:]), self.maps.reshape(1, -1, *self.maps.shape[2:]),
+                grad.new_empty(1).expand(shape), None, *self.arguments, False, (0, 0), batch, (False, True, False),
             )[1]  # fmt: skip
             return kernels.view(batch, -1, *shape[1:]).transpose(2, 3).reshape(batch, rows, -1)
         return torch.bmm(grad.flatten(2), self.patches.mT).view(batch, rows, -1)
@@ -81,32 +98,42 @@ class SampleConv:
     def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
         """Gradient of the input (B, Cin, H, W), given that of the output."""
         batch = len(self.x)
-        if self.patches is None:
+        if self.maps is not None:
+            maps = self.maps.reshape(1, -1, *self.maps.shape[2:])
             out = torch.ops.aten.convolution_backward(
-                grad.reshape(1, -1, *grad.shape[2:]), self.x.reshape(1, -1, *self.x.shape[2:]),
-                self._kernels(weight), None, *self._arguments(), False, (0, 0), batch, (True, False, False),
+                grad.reshape(1, -1, *grad.shape[2:]), maps, self._kernels(weight),
+                None, *self.arguments, False, (0, 0), batch, (True, False, False),
             )[0]  # fmt: skip
-            return out.view_as(self.x)
-        patches = torch.bmm(weight.view(batch, -1, self.patches.shape[1]).mT, grad.flatten(2))
-        return self._fold(patches.view(batch, -1, *self.size))
+            return self._fold(out, 1, 1, 0) if self.geometry.stack_rows else out.view_as(self.x)
+        kernels = weight.view(batch, -1, self.patches.shape[1])
+        if self.geometry.channels_last:
+            patches = torch.bmm(grad.flatten(2).mT, kernels).mT
+        else:
+            patches = torch.bmm(kernels.mT, grad.flatten(2))
+        (_, kw), (_, left) = self.geometry.kernel_size, self.geometry.padding
+        return self._fold(patches, kw, self.geometry.stride[1], left)
 
-    def _fold(self, patches: Tensor) -> Tensor:
-        """Adjoint of taking patches: sums (B, kh*Cin*kw, Hout, Wout) into (B, Cin, H, W)."""
-        geometry, (height, width), (kh, kw) = self.geometry, self.size, self.geometry.kernel_size
-        (top, left), channels = geometry.padding, self.x.shape[1]
-        if (kh, kw) == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0):
-            return patches
-        patches = patches.view(len(patches), kh, channels, kw, height, width)
-        shape = (len(patches), channels, self.x.shape[2] + 2 * top, self.x.shape[3] + 2 * left)
+    def _fold(self, patches: Tensor, kernel_width: int, stride: int, padding: int) -> Tensor:
+        """Adjoint of taking patches: sums (B, kh*Cin*kw, Hout, Wout) into (B, Cin, H, W).
+
+        Args:
+            patches: Gradient of the patches.
+            kernel_width: Columns of the kernel that patches were taken of: kw, or 1 for stacked rows.
+            stride: Horizontal stride of the patches.
+            padding: Horizontal padding of the map.
+        """
+        geometry, (height, width), kh = self.geometry, self.size, self.geometry.kernel_size[0]
+        top, channels = geometry.padding[0], self.x.shape[1]
+        if (kh, kernel_width) == (1, 1) and (geometry.stride[0], stride, top, padding) == (1, 1, 0, 0):
+            return patches.unflatten(2, self.size)
+        patches = patches.reshape(len(self.x), kh, channels, kernel_width, height, width)
+        shape = (len(self.x), channels, self.x.shape[2] + 2 * top, self.x.shape[3] + 2 * padding)
         out = patches.new_zeros(shape)
         for i in range(kh):
-            rows = slice(
-                i * geometry.dilation[0],
-                i * geometry.dilation[0] + (height - 1) * geometry.stride[0] + 1,
-                geometry.stride[0],
-            )
-            for j in range(kw):
+            start = i * geometry.dilation[0]
+            rows = slice(start, start + (height - 1) * geometry.stride[0] + 1, geometry.stride[0])
+            for j in range(kernel_width):
                 start = j * geometry.dilation[1]
-                places = slice(start, start + (width - 1) * geometry.stride[1] + 1, geometry.stride[1])
+                places = slice(start, start + (width - 1) * stride + 1, stride)
                 out[:, :, rows, places] += patches[:, i, :, j]
-        return out[:, :, top : shape[2] - top, left : shape[3] - left]
+        return out[:, :, top : shape[2] - top, padding : shape[3] - padding]

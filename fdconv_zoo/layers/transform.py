@@ -31,10 +31,14 @@ def transform_rows(spectrum: Tensor, gains: Tensor, gain_index: Tensor) -> Tenso
     """First half of :func:`transform`: gains and the transform along the rows' axis, to lines (B, R, C//2+1)."""
     coefficients, batch = torch.view_as_complex(spectrum), len(gains)
     half = coefficients.new_empty(batch, *coefficients.shape)
-    for block in row_blocks(half):
-        gathered = gather_gains(gains, math.sqrt(0.5), gain_index[block])
-        torch.mul(coefficients[block], gathered, out=half[:, block])
-    return contiguous_matrices(torch.fft.ifft(half, dim=1, norm="ortho"))
+    # Complex gains: a product of mixed types would copy them to complex numbers first.
+    table = torch.cat([gains, gains * math.sqrt(0.5)], dim=1).to(half.dtype)
+    for sample in range(batch):
+        for block in row_blocks(half[:1]):
+            part = half[sample, block]
+            torch.index_select(table[sample], 0, gain_index[block].flatten(), out=part.view(-1))
+            part *= coefficients[block]
+    return torch.fft.ifft(half, dim=1, norm="ortho")
 
 
 def transform_columns(lines: Tensor, columns: int) -> Tensor:
