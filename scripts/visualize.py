@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Draw what FDConv does in a model: frequency groups, gates and bands, as an HTML page with PNGs."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import torch
+from benchmark_models import GATE_STD, move_gates
+from benchmark_report import versions
+from demo import DEMO_DEFAULTS, PhotoReader, create_demo_model
+from models import expand_names, load_checkpoint, read_checkpoint
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from validate import build_model
+from visualize_args import check_args, parse_args
+from visualize_layer import Layer, LayerInputs, find_layer
+
+from fdconv_zoo import FDConv2d, convert_to_fdconv
+from fdconv_zoo.convert import named_fd_layers
+
+DEMO_PHOTOS = (13, 0, 7)
+DEMO_NOTE = (
+    "MobileNetV2 with torchvision's ImageNet weights, converted. Its 3x3 stem, static in the zoo's model, was "
+    "converted too: only layers with kernels larger than 1x1 have bands to look at."
+)
+REST_NOTE = (
+    "Every gate of every layer is exactly 1, as in a model that is converted or new and was not trained since. It "
+    "computes what its static source does; gates, maps and spectra start to differ with training."
+)
+STIR_NOTE = (
+    "Gates at random, not trained: what makes them was drawn from a normal distribution of standard deviation "
+    f"{GATE_STD} (--stir-gates {{seed}}). Their pictures show the mechanism and say nothing about a trained model."
+)
+NEEDED = "visualize.py needs matplotlib and scikit-learn: pip install matplotlib scikit-learn"
+
+
+def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
+    """Return the title and the model that was asked for, with its weights.
+
+    Raises:
+        ValueError: The name, the checkpoint or the conversion does not fit.
+        RuntimeError: There are no pretrained weights to be had.
+    """
+    if args.demo:
+        name = DEMO_DEFAULTS["model"][0]
+        model = create_demo_model(name)
+        model.conv_stem = FDConv2d.from_conv(model.conv_stem)
+        return f"{name}, stem converted", model
+    names = expand_names([args.model], weights_needed=not args.checkpoint)
+    if len(names) > 1:
+        raise ValueError(f"--model takes one model, got {', '.join(names)}")
+    checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
+    if not args.convert:
+        return names[0], build_model(names[0], argparse.Namespace(**vars(args) | {"model": names}), checkpoint)
+    if checkpoint is None:
+        return f"{names[0]}, converted", convert_to_fdconv(build_model(names[0], args, None))
+    classes = {"num_classes": args.num_classes} if args.num_classes else {}
+    model = convert_to_fdconv(timm.create_model(names[0], **args.model_kwargs, **classes))
+    load_checkpoint(model, checkpoint)
+    return f"{names[0]}, converted", model
+
+
+def read_photos(paths: Sequence[Path], model: nn.Module, img_size: int | None) -> tuple[Tensor, Tensor]:
+    """Read photos and prepare them as in the model's validation.
+
+    Returns:
+        Input of the model (B, 3, H, W), and the same as a picture, values in [0, 1].
+
+    Raises:
+        ValueError: A file is no image.
+    """
+    config = resolve_data_config({"img_size": img_size}, model=model)
+    transform = create_transform(**config)
+    inputs = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                inputs.append(transform(image.convert("RGB")))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read photo {path}: {error}") from error
+    batch = torch.stack(inputs)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return batch, (batch * std + mean).clamp(0, 1)
+
+
+def visualize(
+    model: nn.Module, title: str, layer_name: str, layers: Mapping[str, Layer], args: argparse.Namespace
+) -> Path:
+    """Draw everything and write the page; return its path.
+
+    Raises:
+        ImportError: matplotlib or scikit-learn is not installed.
+        ValueError: A photo can't be read.
+    """
+    import matplotlib
+    from visualize_pictures import photo_pictures, weight_pictures
+    from visualize_report import write_report
+    from visualize_weights import STYLE
+
+    batch, photos = read_photos(args.photos, model, args.img_size)
+    inputs, layer = LayerInputs(layer_name), layers[layer_name]
+    device = torch.device(args.device)
+    with torch.inference_mode(), inputs.watch(layers):
+        model.to(device)(batch.to(device))
+    model.cpu()
+    inputs.kept = inputs.kept.cpu()
+
+    notes = [DEMO_NOTE] if args.demo else []
+    if args.stir_gates is not None:
+        notes.append(STIR_NOTE.format(seed=args.stir_gates))
+    elif not any(value for row in inputs.deviation.values() for value in row.values()):
+        notes.append(REST_NOTE)
+    names = [path.name for path in args.photos]
+    facts = {
+        "Layer": f"{layer_name}: {type(layer).__name__}({layer.extra_repr()}), {layer.fdw.num_bands} groups",
+        "Its input": " x ".join(map(str, inputs.kept.shape[1:])),
+        "Weights": "torchvision's" if args.demo else str(args.checkpoint or "pretrained"),
+        "Photos": f"{', '.join(names)}, at {batch.shape[2]} x {batch.shape[3]}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    with torch.inference_mode(), matplotlib.rc_context(STYLE):
+        pictures, similar = weight_pictures(layer)
+        pictures += photo_pictures(layer, layer_name, inputs, photos, names)
+        page = write_report(args.output, title, facts, notes, pictures, list(layers))
+    print(f"{title}, layer {layer_name}", similar, *notes, sep="\n")
+    return page
+
+
+def fail(error: object) -> SystemExit:
+    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
+    return SystemExit(f"visualize.py: error: {' '.join(str(error).split())}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        check_args(args)
+        if args.demo and not args.photos:
+            paths = PhotoReader().paths
+            args.photos = [paths[number] for number in DEMO_PHOTOS]
+        # a converted model's hidden layers of KSM are drawn at random
+        torch.manual_seed(args.stir_gates or 0)
+        title, model = create_model(args)
+        layers = dict(named_fd_layers(model))
+        layer_name = find_layer(layers, args.layer)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+    if args.list_layers:
+        print("\n".join(layers))
+        return
+    if args.stir_gates is not None:
+        move_gates(model, args.stir_gates)
+    print("drawing ...", file=sys.stderr, flush=True)
+    try:
+        print(visualize(model.eval(), title, layer_name, layers, args))
+    except ImportError as error:
+        raise fail(f"{error}; {NEEDED}") from error
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise fail(error) from error
+
+
+if __name__ == "__main__":
+    main()

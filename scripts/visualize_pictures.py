@@ -1,0 +1,120 @@
+"""The pictures of ``visualize.py`` and what is said of them."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from visualize_layer import Layer, LayerInputs, cosine_similarity, gates_of, largest_off_diagonal
+from visualize_photos import draw_bands, draw_feature_spectrum, draw_gates, draw_layers
+from visualize_report import Picture
+from visualize_weights import Weights, draw_responses, draw_similarity, draw_spectrum, draw_tsne
+
+# What float32 leaves of the cosine of two orthogonal weights.
+ORTHOGONAL = 1e-4
+
+
+def weight_pictures(layer: Layer) -> tuple[list[Picture], str]:
+    """Draw what does not depend on a photo; return the pictures and a line on the similarity of the groups.
+
+    Raises:
+        RuntimeError: The weights of two groups without a common frequency are not orthogonal.
+    """
+    weights = Weights.of(layer)
+    similarity = cosine_similarity(weights.fdw)
+    apart = largest_off_diagonal(weights.without_cut_pairs(similarity))
+    if not apart < ORTHOGONAL:
+        raise RuntimeError(f"cosine of {apart:.2g} between the weights of two disjoint frequency groups, not 0")
+    similar = f"largest |cosine| between the weights of two groups: {apart:.1e}"
+    if len(weights.cut_pairs):
+        similar += (
+            f", and {largest_off_diagonal(similarity):.1e} among {len(weights.cut_pairs)} pair(s) of neighbours "
+            "whose border cuts two mirrored coefficients, which are one frequency"
+        )
+    pictures = [
+        Picture(
+            "similarity.png",
+            "Similarity of the parallel weights (after Figs. 1 and 5 of the paper)",
+            "Cosine similarity between the spatial weights made from one frequency group each, beside a bank of static "
+            "kernels as DY-Conv mixes them and the layer's own static filters; above of the weights, below of the "
+            "magnitudes of their spectra. FDW's groups share no coefficient; random kernels are nearly orthogonal too "
+            f"(the bank is not trained), but they all have the same frequencies. Here: {similar}.",
+            draw_similarity(weights),
+        ),
+        Picture(
+            "spectrum.png",
+            "The spectrum and its groups (after Fig. 5)",
+            "The weight, laid out as a matrix of Cout·kh rows and Cin·kw columns, as its half spectrum, and the rings "
+            "of equal size into which FDW cuts it. Each group has its own range of frequencies where kernels of a bank "
+            "have all of them; the last panel shows which groups carry the weight.",
+            draw_spectrum(layer, weights),
+        ),
+    ]
+    if layer.kernel_shape != (1, 1):
+        pictures.append(
+            Picture(
+                "responses.png",
+                "Frequency responses of the kernels (Figs. 1 and 5)",
+                "How strongly the kernels of one group pass each spatial frequency, from the lowest group to the "
+                "highest; below, the mean over rings of equal frequency, every curve over its own peak. Groups go from "
+                "smoothing to sharpening, the kernels of a bank are all alike.",
+                draw_responses(weights),
+            )
+        )
+    pictures.append(
+        Picture(
+            "tsne.png",
+            "t-SNE of the filters (after Fig. 1)",
+            "Each dot is a filter, placed by t-SNE so that like filters (cosine distance) are near each other. Filters "
+            "of different groups keep apart, those of a bank's kernels mix; distances between clusters and between "
+            "panels mean nothing.",
+            draw_tsne(weights),
+        )
+    )
+    return pictures, similar
+
+
+def photo_pictures(
+    layer: Layer, name: str, inputs: LayerInputs, photos: Tensor, titles: Sequence[str]
+) -> Iterator[Picture]:
+    """Draw what photos do in the layers: gates of one and of all, and the one's bands and spectra if it has FBM.
+
+    Args:
+        layer: The layer to draw.
+        name: Its name in the model.
+        inputs: What it and the other layers saw.
+        photos: As the model sees them (B, 3, H, W), values in [0, 1].
+        titles: Their names.
+    """
+    yield Picture(
+        "gates.png",
+        "Gates of the layer (KSM)",
+        "What KSM multiplies the weight by, for each photo: a gain for every frequency group, gates for input "
+        "channels, filters, kernel positions and every single element. At 1 a gate leaves the static "
+        "weight as it is; lines that differ between photos are what makes the layer dynamic.",
+        draw_gates(gates_of(layer, inputs.kept), titles),
+    )
+    yield Picture(
+        "layers.png",
+        "Gates of all layers",
+        "How far the gates of each layer are from 1, as the root mean square over all photos; the layer of the other "
+        "pictures is in bold. Grey layers compute what the static model does; the bright ones have learnt to modulate.",
+        draw_layers(inputs.deviation, name),
+    )
+    if layer.fbm is None:
+        return
+    for number, (photo, x, title) in enumerate(zip(photos, inputs.kept.float(), titles, strict=True), start=1):
+        yield Picture(
+            f"bands_{number}.png",
+            f"Bands and modulation maps, {title} (Fig. 6)",
+            "The layer's input cut into frequency bands (RMS over the channels, each with a scale of its own), f being "
+            "max(|fx|, |fy|) in cycles per pixel of the feature map, and the map that FBM multiplies each band by. Red "
+            "places keep more of the band than the static layer does, blue places less.",
+            draw_bands(photo, layer.fbm, x),
+        )
+        yield Picture(
+            f"feature_spectrum_{number}.png",
+            f"Spectrum of the feature before and after FBM, {title} (Fig. 6)",
+            "Mean magnitude of the input's spectrum over its channels, frequency 0 in the centre, the dotted squares "
+            "the limits of the bands; on the left where in the picture the feature has grown (red) or shrunk (blue). "
+            "The last panel shows which frequencies FBM has raised or lowered.",
+            draw_feature_spectrum(layer.fbm, x),
+        )
