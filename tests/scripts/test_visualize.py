@@ -1,0 +1,249 @@
+"""scripts/visualize.py: its figures from real weights and a real photo, its page in a real browser, every mistake."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageStat
+from safetensors.torch import save_file
+
+from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.layers.fdw import matrix_to_weight
+from tests.compare import randomise
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FIGURES = ["similarity", "spectrum", "responses", "tsne", "gates", "layers", "bands_1", "feature_spectrum_1"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+STATIC = "test_resnet"  # timm's own for tests: 3x3 and 1x1 convolutions of 32 to 128 channels, images of 160 pixels
+
+
+@pytest.fixture(scope="module")
+def layer_module():
+    return importlib.import_module("visualize_layer")
+
+
+@pytest.fixture(scope="module")
+def main():
+    return importlib.import_module("visualize").main
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return importlib.import_module("demo").PhotoReader().paths[13]
+
+
+@pytest.fixture(scope="module")
+def report(photo, tmp_path_factory):
+    """What `visualize.py --demo` writes and prints, with one photo and its gates stirred."""
+    folder = tmp_path_factory.mktemp("visualize")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "visualize.py"), "--demo", "--stir-gates", "0", "--device", "cpu", str(photo)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "outputs" / "visualize", done
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "static.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model(STATIC).state_dict(), path)
+    return path
+
+
+def browse(page, tmp_path, *options):
+    """Run Chromium on a page, with a profile of its own and without asking anybody anything."""
+    if CHROMIUM is None:
+        if "CI" not in os.environ:
+            pytest.skip("needs a browser: apt-get install chromium")
+        pytest.fail("CI needs a browser: apt-get install chromium")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command += ["--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_report_has_all_figures_and_says_what_they_are(report, photo):
+    folder, done = report
+    assert done.stderr == "drawing ...\n"
+    lines = done.stdout.splitlines()
+    assert lines[0] == "mobilenetv2_100_fdconv, stem converted, layer conv_stem"
+    assert float(re.match(r"largest \|cosine\| between the weights of two groups: (\S+),", lines[1])[1]) < 1e-6
+    assert "Gates at random, not trained" in lines[3]
+    assert "(--stir-gates 0)" in lines[3]
+    assert lines[4] == str(Path("outputs", "visualize", "index.html"))
+    html = (folder / "index.html").read_text()
+    assert re.findall(r'<img src="(.*?)\.png"', html) == FIGURES
+    for said in ("conv_stem: FDConv2d(3, 32", photo.name, "torch ", "Fig. 6", "Gates at random, not trained"):
+        assert said in html
+    assert len(re.findall(r"<figcaption>[^<]+\. [^<]+\.</figcaption>", html)) == len(FIGURES)
+
+
+def test_report_needs_no_network(report):
+    html = (report[0] / "index.html").read_text()
+    assert "//" not in html
+    assert not re.search(r"<(script|link|iframe)\b|url\(|@import", html)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_not_blank(report, name):
+    with Image.open(report[0] / f"{name}.png") as image:
+        assert image.format == "PNG"
+        assert image.width >= 1200
+        picture = image.convert("RGB")
+    assert max(ImageStat.Stat(picture).stddev) > 15
+    assert len(picture.getcolors(maxcolors=1 << 24)) > 100
+
+
+def test_a_browser_loads_every_figure(report, tmp_path):
+    # Scripts of its own the report has none: the count is taken by one in a copy.
+    copy = shutil.copytree(report[0], tmp_path / "copy") / "index.html"
+    count = "Array.from(document.images).filter(image => image.complete && image.naturalWidth > 1000).length"
+    tell = f"<script>onload = () => document.body.setAttribute('data-loaded', {count})</script>"
+    copy.write_text(copy.read_text().replace("</body>", f"{tell}</body>"))
+    page = browse(copy, tmp_path, "--dump-dom")
+    assert f'data-loaded="{len(FIGURES)}"' in page
+
+
+def test_a_browser_shows_the_page(report, tmp_path):
+    shot = tmp_path / "shot.png"
+    browse(report[0] / "index.html", tmp_path, f"--screenshot={shot}", "--window-size=1250,4600")
+    with Image.open(shot) as image:
+        assert image.size == (1250, 4600)
+        screens = [image.convert("L").crop((0, top, 1250, top + 1150)) for top in range(0, 4600, 1150)]
+    # text alone has a deviation of about 20
+    assert all(ImageStat.Stat(screen).stddev[0] > 30 for screen in screens)
+
+
+def test_converted_model_is_said_to_rest(main, checkpoint, photo, tmp_path, capsys):
+    """A static checkpoint, converted; a layer without FBM; two photos."""
+    argv = ["--model", STATIC, "--convert", "--checkpoint", checkpoint, "--layer", "layer3.0.conv1", "--device", "cpu"]
+    main([*map(str, argv), "--output", str(tmp_path), str(photo), str(photo)])
+    out = capsys.readouterr().out
+    assert "Every gate of every layer is exactly 1" in out
+    html = (tmp_path / "index.html").read_text()
+    assert "Every gate of every layer is exactly 1" in html
+    assert re.findall(r'<img src="(.*?)\.png"', html) == ["similarity", "spectrum", "tsne", "gates", "layers"]
+    assert f"{photo.name}, {photo.name}, at 160 x 160" in html
+
+
+def test_lists_the_layers_of_a_local_model(main, tmp_path, capsys):
+    model = timm.create_model("resnet18_fdconv", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path)
+    main(["--model", f"local-dir:{tmp_path}", "--list-layers"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16
+    assert lines[0] == "layer1.0.conv1"
+
+
+def test_mistakes_are_one_line(main, checkpoint, photo, tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>")
+    static = ["--model", STATIC, "--checkpoint", checkpoint]
+    for argv, message in (
+        ([photo], "say what to draw with --model (or try --demo)"),
+        (["--model", "resnet50_fdconv"], "give a photo (or try --demo)"),
+        (["--demo", "--model", STATIC], "--demo brings its own model and weights"),
+        (["--demo", tmp_path / "none.jpg"], f"there is no photo {tmp_path / 'none.jpg'}"),
+        (["--demo", tmp_path / "page.jpg"], f"cannot read photo {tmp_path / 'page.jpg'}: cannot identify image file"),
+        (["--demo", "--layer", "conv"], "no FDConv layer conv, there are: conv_stem, blocks.1.0.conv_pwl,"),
+        (["--demo", "--output", photo], "is a file, not a folder"),
+        (["--demo", "--use-ema"], "--use-ema needs --checkpoint"),
+        (["--demo", "--device", "abacus"], "--device abacus"),
+        (["--demo", "--img-size", "0"], "--img-size must be at least 1, got 0"),
+        (["--model", "resnet50_fdcon", photo], "unknown model resnet50_fdcon, did you mean resnet50_fdconv"),
+        ([*static, photo], "the model has no FDConv layers: take an FDConv model, or --convert a static one"),
+        (["--model", STATIC, "--checkpoint", tmp_path / "none.pt", photo], "there is no checkpoint"),
+        (["--model", "resnet18_fdconv", "--checkpoint", checkpoint, photo], "8 static weights do not fit the model"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*map(str, argv)])
+        assert str(exit_info.value).startswith("visualize.py: error: ")
+        assert message in str(exit_info.value)
+        assert "\n" not in str(exit_info.value)
+
+
+def test_missing_libraries_are_one_line(main, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib scikit-learn"):
+        main(["--demo", str(photo)])
+
+
+def test_gates_and_bands_are_those_of_the_layer(layer_module):
+    """The layer's output from what is drawn: FDW's groups, KSM's gates, FBM's bands and maps."""
+    torch.manual_seed(0)
+    layer = randomise(FDConv2d(20, 24, 3, padding=1, num_bands=8)).eval()
+    x = torch.randn(1, 20, 14, 11)
+    with torch.inference_mode():
+        gates = layer_module.gates_of(layer, x)
+        bands = layer_module.fbm_bands(layer.fbm, x)
+        torch.testing.assert_close(bands.sum(0), x, rtol=0, atol=1e-5)
+        maps = torch.cat([gates["FBM maps"][0], torch.ones(1, 14, 11)])
+        groups, matrices = layer_module.group_matrices(layer)
+        assert groups == list(range(8))
+        matrix = torch.einsum("k,krc->rc", gates["group gains"][0], matrices) * gates["weight elements"][0]
+        weight = matrix_to_weight(matrix, (3, 3)) * gates["kernel positions"][0]
+        weight = weight * gates["input channels"][0, :, None, None] * gates["filters"][0, :, None, None, None]
+        expected = F.conv2d((bands * maps[:, None, None]).sum(0), weight, layer.bias, padding=1)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_gates_of_a_linear_layer(layer_module):
+    torch.manual_seed(0)
+    layer = randomise(FDLinear(20, 24, num_bands=8)).eval()
+    x = torch.randn(1, 5, 20)
+    with torch.inference_mode():
+        gates = layer_module.gates_of(layer, x)
+        matrix = torch.einsum("k,krc->rc", gates["group gains"][0], layer_module.group_matrices(layer)[1])
+        weight = matrix * gates["weight elements"][0] * gates["input channels"][0] * gates["filters"][0][:, None]
+        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 3), (24, 20, 3), (20, 24, 1), (64, 64, 1)])
+def test_only_groups_with_a_cut_pair_are_not_orthogonal(layer_module, shape):
+    torch.manual_seed(0)
+    layer = FDConv2d(*shape, num_bands=16)
+    similarity = layer_module.cosine_similarity(layer_module.group_matrices(layer)[1])
+    cut = torch.zeros_like(similarity, dtype=torch.bool)
+    for low, high in layer_module.cut_pairs(layer).tolist():
+        cut[low, high] = cut[high, low] = True
+    apart = ~cut & ~torch.eye(16, dtype=torch.bool)
+    assert similarity[apart].abs().max() < 1e-6
+    assert (similarity[cut].abs() > 1e-6).all()
+
+
+def test_kernel_response_is_the_rms_of_all_kernels_transforms(layer_module):
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 4 * 3, 5 * 3)
+    response = layer_module.kernel_response(matrices, (3, 3), size=16)
+    for matrix, actual in zip(matrices, response, strict=True):
+        transforms = torch.fft.fft2(matrix_to_weight(matrix, (3, 3)), s=(16, 16)).abs()
+        torch.testing.assert_close(actual, torch.fft.fftshift(transforms.square().mean((0, 1)).sqrt()))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_profile_of_the_frequency_is_the_frequency(layer_module, half):
+    radius = layer_module.plane_radius(64, 60, half=half)
+    assert radius.shape == (64, 31 if half else 60)
+    middles, (profile,) = layer_module.radial_profile(radius[None], radius, rings=20)
+    torch.testing.assert_close(profile, middles, rtol=0, atol=0.02)
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module("visualize_args").parse_args(["--help"])
+    assert "visualize.py --model resnet50_fdconv photo.jpg" in capsys.readouterr().out
