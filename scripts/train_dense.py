@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""Train detection, instance and semantic segmentation on a timm backbone, on one process or many (torchrun)."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from timm.layers import freeze_batch_norm_2d
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+from train_args import save_args
+from train_dense_args import DETECTION_HEADS, parse_args
+from train_dense_coco import CocoBoxes, collate
+from train_dense_masks import MaskFolders
+from train_dense_models import create_detector, create_segmenter, normalization
+from train_dense_modules import DenseModule, DetectionModule, SegmentationModule
+
+import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Return the images for training and for validation.
+
+    Raises:
+        ValueError: The data can't be used; says why.
+    """
+    if args.head in DETECTION_HEADS:
+        with_masks = args.head == "mask_rcnn"
+        train_set = CocoBoxes(args.train_images, args.train_annotations, with_masks, train=True)
+        val_set = CocoBoxes(args.val_images, args.val_annotations, with_masks, train=False)
+        if train_set.categories != val_set.categories:
+            raise ValueError(f"{args.val_annotations} has other categories than {args.train_annotations}")
+        return train_set, val_set
+    mean, std = normalization(args.backbone)
+    options: dict[str, Any] = {
+        "num_classes": args.num_classes,
+        "ignore_index": args.ignore_index,
+        "reduce_zero_label": args.reduce_zero_label,
+        "mean": mean,
+        "std": std,
+        "scale_size": args.scale_size,
+        "scale": tuple(args.scale),
+    }
+    train_set = MaskFolders(args.train_images, args.train_masks, crop_size=tuple(args.crop_size), **options)
+    return train_set, MaskFolders(args.val_images, args.val_masks, crop_size=None, **options)
+
+
+def create_loaders(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of this process; the order of an epoch depends on seed and epoch only.
+
+    Raises:
+        ValueError: There are fewer images than one batch.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if len(train_set) < args.batch_size * world:
+        raise ValueError(f"{len(train_set)} images are fewer than a batch of {args.batch_size} x {world} processes")
+    detection = args.head in DETECTION_HEADS
+    shared = {
+        "num_workers": args.workers,
+        "collate_fn": collate if detection else None,
+        "persistent_workers": args.workers > 0,
+    }
+    train_sampler = DistributedSampler(train_set, world, rank, shuffle=True, seed=args.seed, drop_last=True)
+    val_sampler = DistributedSampler(val_set, world, rank, shuffle=False)
+    # validation images differ in size, and masks are not padded
+    return (
+        DataLoader(train_set, args.batch_size, sampler=train_sampler, drop_last=True, **shared),
+        DataLoader(val_set, args.batch_size if detection else 1, sampler=val_sampler, **shared),
+    )
+
+
+def create_module(args: argparse.Namespace, train_set: Dataset, resumed: bool) -> DenseModule:
+    """Return the model with its steps.
+
+    Args:
+        args: Arguments of train_dense.py.
+        train_set: Has the categories, for detection.
+        resumed: A checkpoint brings the weights.
+    """
+    module_class: Callable[..., DenseModule]
+    if args.head in DETECTION_HEADS:
+        model, backbone = create_detector(args, len(train_set.categories), resumed)
+        module_class = DetectionModule
+    else:
+        model, backbone = create_segmenter(args, resumed)
+        module_class = SegmentationModule
+    if args.freeze_bn:
+        freeze_batch_norm_2d(backbone)
+    return module_class(model, backbone, args)
+
+
+def create_trainer(args: argparse.Namespace) -> L.Trainer:
+    """Return Lightning's trainer: checkpoints and logs in `--output`, the processes that torchrun has started."""
+    monitor = "val/box_mAP" if args.head in DETECTION_HEADS else "val/mIoU"
+    checkpoint = ModelCheckpoint(
+        args.output, "best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
+    )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return L.Trainer(
+        accelerator=args.device,
+        devices=processes,
+        num_nodes=world // processes,
+        strategy="ddp" if world > 1 else "auto",
+        precision=args.precision,
+        max_epochs=None if args.steps else args.epochs,
+        max_steps=args.steps or -1,
+        limit_train_batches=args.limit_batches,
+        limit_val_batches=args.limit_batches,
+        check_val_every_n_epoch=args.val_interval,
+        num_sanity_val_steps=0,
+        accumulate_grad_batches=args.grad_accum_steps,
+        gradient_clip_val=args.clip_grad,
+        use_distributed_sampler=False,
+        log_every_n_steps=10,
+        logger=CSVLogger(args.output, name="logs"),
+        callbacks=[checkpoint, LearningRateMonitor("step"), TQDMProgressBar()],
+        enable_model_summary=False,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line, or from ``argv``."""
+    args = parse_args(argv)
+    last = args.output / LAST
+    resumed = args.resume and last.exists()
+    try:
+        if last.exists() and not args.resume:
+            raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
+        train_set, val_set = create_datasets(args)
+        loaders = create_loaders(args, train_set, val_set)
+        L.seed_everything(args.seed, workers=True)
+        module = create_module(args, train_set, resumed)
+        trainer = create_trainer(args)
+        if trainer.is_global_zero:
+            args.output.mkdir(parents=True, exist_ok=True)
+            save_args(args, args.output / "args.yaml")
+            count = sum(parameter.numel() for parameter in module.model.parameters())
+            print(
+                f"{args.head} on {args.backbone}, {count / 1e6:.2f}M parameters; {len(train_set)} images for training, "
+                f"{len(val_set)} for validation{f'; goes on from {last}' if resumed else ''}",
+                file=sys.stderr,
+            )
+        trainer.fit(module, *loaders, ckpt_path=last if resumed else None, weights_only=True)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"train_dense.py: error: {error}")
+    if trainer.is_global_zero:
+        scores = {key: f"{value:.4f}" for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        print(", ".join(f"{key} {value}" for key, value in scores.items()) or "no validation")
+        print(f"done: {args.output / BEST}, {args.output / LAST}, metrics in {trainer.logger.log_dir}")
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_sharing_strategy("file_system")  # lists of small masks are many open files otherwise
+    main()

@@ -1,0 +1,123 @@
+"""Images with a class for each pixel, from a folder of images and one of PNG masks."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as ImageTensor
+from torchvision.tv_tensors import Mask
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def pair_files(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """Return the images, subfolders included, with the masks of the same names.
+
+    Raises:
+        ValueError: There are no images, or one has no mask.
+    """
+    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"no images in {images}")
+    pairs = [(path, (masks / path.relative_to(images)).with_suffix(".png")) for path in found]
+    alone = [image for image, mask in pairs if not mask.is_file()]
+    if alone:
+        raise ValueError(
+            f"{len(alone)} of {len(pairs)} images have no mask of the same name in {masks}: {alone[0]}, ..."
+        )
+    return pairs
+
+
+class MaskFolders(Dataset):
+    """Images (3, H, W), normalised, with masks (H, W) of class indices, int64.
+
+    In training they are scaled, cropped, mirrored and shifted in color, of one size; in validation the image has the
+    shorter side `scale_size` and the mask its own size.
+
+    Args:
+        images: Folder of images.
+        masks: Folder of masks, PNG with the index of the class in each pixel.
+        num_classes: Classes, to check the masks.
+        ignore_index: Pixels without a class.
+        reduce_zero_label: 0 is without a class, and all others are one too high.
+        mean: Of each channel.
+        std: Of each channel.
+        scale_size: Shorter side in pixels.
+        crop_size: Height and width of crops for training; None for validation.
+        scale: Range of random scales, on top of `scale_size`.
+
+    Raises:
+        ValueError: There are no images, or one has no mask.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        masks: Path,
+        *,
+        num_classes: int,
+        ignore_index: int,
+        reduce_zero_label: bool,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        scale_size: int,
+        crop_size: tuple[int, int] | None,
+        scale: tuple[float, float],
+    ) -> None:
+        self.pairs = pair_files(images, masks)
+        self.num_classes, self.ignore_index, self.reduce_zero_label = num_classes, ignore_index, reduce_zero_label
+        self.crop_size = crop_size
+        self.resize = v2.Resize(scale_size)
+        normalize = [v2.ToDtype({ImageTensor: torch.float32, "others": None}, scale=True), v2.Normalize(mean, std)]
+        if crop_size is None:
+            self.transform = v2.Compose(normalize)
+        else:
+            low, high = (round(scale_size * factor) for factor in scale)
+            self.transform = v2.Compose(
+                [
+                    v2.RandomResize(low, high + 1),
+                    v2.RandomCrop(crop_size, pad_if_needed=True, fill={ImageTensor: 0, Mask: ignore_index}),
+                    v2.RandomHorizontalFlip(),
+                    v2.RandomPhotometricDistort(),
+                    *normalize,
+                ]
+            )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def _read_mask(self, path: Path) -> Tensor:
+        mask = torch.from_numpy(np.array(Image.open(path))).long()
+        if mask.dim() != 2:
+            raise ValueError(f"{path} has {tuple(mask.shape)} values: a mask has one a pixel, the index of its class")
+        if self.reduce_zero_label:
+            mask = torch.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
+        if ((mask >= self.num_classes) & (mask != self.ignore_index)).any():
+            values = mask[(mask >= self.num_classes) & (mask != self.ignore_index)].unique().tolist()
+            raise ValueError(
+                f"{path} has classes {values[:5]}, allowed are 0 to {self.num_classes - 1} and {self.ignore_index}"
+            )
+        return mask
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns image and mask.
+
+        Raises:
+            ValueError: A file can't be read, or a mask has other classes; names the file.
+        """
+        image_path, mask_path = self.pairs[index]
+        try:
+            image, mask = decode_image(str(image_path), ImageReadMode.RGB), self._read_mask(mask_path)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"can't read {image_path} with its mask: {error}") from error
+        if self.crop_size is None:
+            return self.transform(ImageTensor(self.resize(image))).as_subclass(Tensor), mask
+        if image.shape[-2:] != mask.shape:
+            raise ValueError(f"{mask_path} is {tuple(mask.shape)} pixels, its image {tuple(image.shape[-2:])}")
+        image, mask = self.transform(ImageTensor(image), Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
