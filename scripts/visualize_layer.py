@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.layers import FDW
 from fdconv_zoo.layers.fbm import FBM, grid_low_passes, low_passes
 from fdconv_zoo.layers.ksm import local_logits
 
@@ -122,6 +123,17 @@ def group_matrices(layer: Layer) -> tuple[list[int], Tensor]:
     return groups, torch.stack([layer.fdw.group_matrix(group).float().cpu() for group in groups])
 
 
+def group_energy(fdw: FDW, magnitude: Tensor) -> Tensor:
+    """Energy of a weight in each frequency group, from the magnitude of its half spectrum: (R, C//2+1) to (n,).
+
+    A column between the first and the Nyquist one stands for its mirror image too.
+    """
+    energy = 2 * magnitude.square()
+    energy[:, [0, fdw.columns // 2] if fdw.columns % 2 == 0 else [0]] /= 2
+    index = fdw.band_index().cpu().flatten().long()
+    return torch.zeros(fdw.num_bands).index_add_(0, index, energy.flatten())
+
+
 def cut_pairs(layer: Layer) -> Tensor:
     """Find the groups that share a frequency because the border between them cuts a pair of mirrored coefficients.
 
@@ -167,7 +179,7 @@ def largest_off_diagonal(similarity: Tensor) -> float:
     return (similarity - similarity.diag().diag()).abs().max().item()
 
 
-def kernel_response(matrices: Tensor, kernel_size: tuple[int, int], size: int = 64) -> Tensor:
+def kernel_response(matrices: Tensor, kernel_size: tuple[int, int], size: int = 128) -> Tensor:
     """Frequency response of the kernels in weight matrices: RMS of |FFT| over all kernels of a matrix.
 
     Exact and cheap by the kernels' autocorrelation: E|F(f)|^2 = e(f)^H E[k k^T] e(f), e(f) the Fourier basis.

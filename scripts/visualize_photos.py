@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from visualize_layer import GATES, fbm_bands, fbm_maps, feature_spectrum
@@ -16,6 +18,7 @@ from fdconv_zoo.layers.fbm import FBM
 
 GATE_COLORS = "RdBu_r"  # blue below 1, white at 1, red above
 SMALLEST_RANGE = 0.01  # of a gate around 1, for gates that all but rest there
+EMPTY_BAND = 1e-5  # of the feature: what float32 leaves of a band without a frequency
 SHOWN_SHARE = 0.995  # of the values within the limits of a colour map: single bright pixels would darken the rest
 
 
@@ -27,6 +30,11 @@ def gate_range(gates: Tensor) -> float:
 def largest_shown(values: Tensor) -> float:
     """Limit of a colour map that holds almost all absolute values."""
     return values.abs().flatten().quantile(SHOWN_SHARE).item()
+
+
+def _draw_bar(axis: Axes, image: ScalarMappable, **options: Any) -> None:
+    # a place of the picture's own height, which a colour bar beside it does not have
+    axis.figure.colorbar(image, cax=axis.inset_axes((1.04, 0, 0.05, 1)), **options)
 
 
 def _draw_lines(axis: Axes, gates: Tensor, names: Sequence[str], title: str, xlabel: str) -> None:
@@ -53,7 +61,7 @@ def draw_gates(gates: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
         axes["bands"], gates["group gains"], names, "gains of the frequency groups", "group, low to high frequency"
     )
     axes["bands"].set_ylabel("gate")
-    axes["bands"].legend(fontsize=8, ncols=4, loc="upper left")
+    figure.legend(*axes["bands"].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     for key, kind, xlabel in (("channels", "input channels", "channel"), ("filters", "filters", "filter")):
         if kind in gates:
             _draw_lines(axes[key], gates[kind], names, f"gates of the {kind}", xlabel)
@@ -65,8 +73,13 @@ def draw_gates(gates: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
         parts = [part for position in positions for part in (position, gap)][:-1]
         norm = CenteredNorm(1, gate_range(positions))
         image = axis.imshow(torch.cat(parts, dim=1).numpy(), cmap=GATE_COLORS, norm=norm)
-        figure.colorbar(image, ax=axis, label="gate", shrink=0.8)
-        step = positions.shape[2] + 1
+        _draw_bar(axis, image, label="gate")
+        height, width = positions.shape[1:]
+        step = width + 1
+        # a frame for each photo: gates of 1 are as white as the gaps
+        for number in range(len(names)):
+            axis.add_patch(Rectangle((number * step - 0.5, -0.5), width, height, fill=False, clip_on=False))
+        axis.spines[:].set_visible(False)
         axis.set(title="gates of the kernel positions", yticks=())
         axis.set_xticks([number * step + (step - 2) / 2 for number in range(len(names))], range(1, len(names) + 1))
         axis.set_xlabel("photo")
@@ -115,7 +128,7 @@ def draw_layers(deviation: Mapping[str, Mapping[str, float]], drawn: str) -> Fig
     axis.set_xticks(ticks, [names[tick] for tick in ticks], rotation=90, fontsize=8)
     axis.get_xticklabels()[ticks.index(names.index(drawn))].set_fontweight("bold")
     axis.set_yticks(range(len(kinds)), kinds)
-    axis.set_title("grey: no such gate, or exactly 1")
+    axis.set_title("distance of the gates from 1 (grey: no such gate, or exactly 1)")
     return figure
 
 
@@ -133,14 +146,14 @@ def rms(maps: Tensor) -> Tensor:
 
 def _draw_map(axis: Axes, values: Tensor, title: str) -> None:
     image = axis.imshow(values.numpy(), vmin=0, vmax=max(1e-12, largest_shown(values)))
-    axis.figure.colorbar(image, ax=axis, shrink=0.75, extend="max")
+    _draw_bar(axis, image, extend="max")
     axis.set_title(title)
 
 
 def _draw_change(axis: Axes, values: Tensor, title: str, smallest: float, **place: Any) -> None:
     reach = max(smallest, largest_shown(values))
     image = axis.imshow(values.numpy(), cmap=GATE_COLORS, norm=CenteredNorm(0, reach), **place)
-    axis.figure.colorbar(image, ax=axis, shrink=0.75, extend="both")
+    _draw_bar(axis, image, extend="both")
     axis.set_title(title)
 
 
@@ -154,19 +167,25 @@ def draw_bands(photo: Tensor, fbm: FBM, x: Tensor) -> Figure:
     """
     bands = rms(fbm_bands(fbm, x[None])[:, 0])
     maps = fbm_maps(fbm, x[None])[0]
+    empty = bands.amax((1, 2)) < EMPTY_BAND * rms(x).max()
     names = band_names(fbm)
-    figure = Figure(figsize=(3.1 * (len(names) + 1), 6.2))
+    figure = Figure(figsize=(3.1 * (len(names) + 1), 5.6))
     axes = figure.subplots(2, len(names) + 1)
     axes[0, 0].imshow(photo.permute(1, 2, 0).numpy())
     axes[0, 0].set_title("photo, as the model sees it")
     _draw_map(axes[1, 0], rms(x), f"input of the layer, {x.shape[0]} channels")
     norm = CenteredNorm(1, gate_range(maps))
     for column, (band, name) in enumerate(zip(bands, names, strict=True), start=1):
-        _draw_map(axes[0, column], band, f"band {name}")
+        if empty[column - 1]:
+            said = f"no such frequency\nin {x.shape[1]} x {x.shape[2]} pixels"
+            axes[0, column].text(0.5, 0.5, said, ha="center", va="center")
+            axes[0, column].set(title=f"band {name}", aspect="equal")
+        else:
+            _draw_map(axes[0, column], band, f"band {name}")
         if column <= len(maps):
             modulation = axes[1, column].imshow(maps[column - 1].numpy(), cmap=GATE_COLORS, norm=norm)
             axes[1, column].set_title(f"map A{column}: {maps[column - 1].min():.2f} to {maps[column - 1].max():.2f}")
-    figure.colorbar(modulation, ax=axes[1, len(maps)], shrink=0.75, label="gate")
+    _draw_bar(axes[1, len(maps)], modulation, label="gate")
     axes[1, -1].text(0.5, 0.5, "no map:\nthe lowest band\nstays as it is", ha="center", va="center")
     axes[1, -1].set_axis_off()
     for axis in axes.flat:
@@ -178,7 +197,7 @@ def draw_feature_spectrum(fbm: FBM, x: Tensor) -> Figure:
     """Draw the spectrum of a layer's input (C, H, W) before and after FBM, and what FBM changed."""
     after = fbm(x[None])[0]
     spectra = [feature_spectrum(maps).clamp_min(1e-12).log10() for maps in (x, after)]
-    figure = Figure(figsize=(15, 4.3))
+    figure = Figure(figsize=(15, 3.7))
     axes = figure.subplots(1, 4)
     change = rms(after) - rms(x)
     smallest = SMALLEST_RANGE * rms(x).max().item()
@@ -189,7 +208,7 @@ def draw_feature_spectrum(fbm: FBM, x: Tensor) -> Figure:
     for axis, spectrum, title in zip(axes[1:], spectra, ("before FBM", "after FBM"), strict=False):
         image = axis.imshow(spectrum.numpy(), vmin=low, vmax=high, **place)
         axis.set_title(f"spectrum {title}\n(log10 mean magnitude)")
-        figure.colorbar(image, ax=axis, shrink=0.75)
+        _draw_bar(axis, image)
     _draw_change(axes[3], spectra[1] - spectra[0], "after / before\n(log10)", SMALLEST_RANGE, **place)
     for axis in axes[1:]:
         axis.set(xlabel="fx (cycles/pixel)", xticks=(-0.5, 0, 0.5), yticks=(-0.5, 0, 0.5))

@@ -54,8 +54,8 @@ def weight_pictures(layer: Layer) -> tuple[list[Picture], str]:
                 "responses.png",
                 "Frequency responses of the kernels (Figs. 1 and 5)",
                 "How strongly the kernels of one group pass each spatial frequency, from the lowest group to the "
-                "highest; below, the mean over rings of equal frequency, every curve over its own peak. Groups go from "
-                "smoothing to sharpening, the kernels of a bank are all alike.",
+                "highest; below, the mean over rings of equal frequency, every curve over the peak of its response. "
+                "Groups go from smoothing to sharpening, the kernels of a bank are all alike.",
                 draw_responses(weights),
             )
         )

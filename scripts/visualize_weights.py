@@ -14,6 +14,7 @@ from visualize_layer import (
     cosine_similarity,
     cut_pairs,
     filters,
+    group_energy,
     group_matrices,
     kernel_response,
     largest_off_diagonal,
@@ -28,6 +29,7 @@ from fdconv_zoo.layers.fdw import weight_to_matrix
 STYLE = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,
     "figure.titlesize": 14,
     "font.size": 10,
     "axes.titlesize": 11,
@@ -50,6 +52,7 @@ class Weights:
         fdw: Spatial weight of each group.
         bank: Static kernels of random initialisation, as DY-Conv mixes them.
         static: The weight at gains of 1, alone (1, R, C).
+        num_bands: Number of all frequency groups.
         cut_pairs: Groups (pairs, 2) that share a frequency, see :func:`visualize_layer.cut_pairs`.
         kernel_size: (kh, kw).
     """
@@ -58,6 +61,7 @@ class Weights:
     fdw: Tensor
     bank: Tensor
     static: Tensor
+    num_bands: int
     cut_pairs: Tensor
     kernel_size: tuple[int, int]
 
@@ -67,7 +71,12 @@ class Weights:
         weight = layer.static_twin().weight.detach().float().cpu()
         matrix = weight if weight.dim() == 2 else weight_to_matrix(weight)
         return cls(
-            *group_matrices(layer), random_bank(layer, BANK_SIZE), matrix[None], cut_pairs(layer), layer.kernel_shape
+            *group_matrices(layer),
+            bank=random_bank(layer, BANK_SIZE),
+            static=matrix[None],
+            num_bands=layer.fdw.num_bands,
+            cut_pairs=cut_pairs(layer),
+            kernel_size=layer.kernel_shape,
         )
 
     def static_filters(self) -> Tensor:
@@ -100,7 +109,7 @@ def draw_similarity(weights: Weights) -> Figure:
     figure = Figure(figsize=(13, 9))
     axes = figure.subplots(2, 3)
     columns = {
-        f"FDW: {len(weights.groups)} groups of one spectrum": weights.fdw,
+        f"FDW: {len(weights.groups)} of its {weights.num_bands} groups": weights.fdw,
         f"bank of {BANK_SIZE} kernels, random init": weights.bank,
         f"static layer: {len(weights.static_filters())} of its filters": weights.static_filters(),
     }
@@ -112,7 +121,7 @@ def draw_similarity(weights: Weights) -> Figure:
             largest = f"largest off the diagonal: {largest_off_diagonal(similarity):.2g}"
             if column == 0 and len(weights.cut_pairs):
                 apart = largest_off_diagonal(weights.without_cut_pairs(similarity))
-                largest += f",\nbut for cut pairs ({len(weights.cut_pairs)}): {apart:.1g}"
+                largest += f" ({len(weights.cut_pairs)} cut pairs),\nelsewhere: {apart:.1g}"
             axis.set_title(f"{title if row == 0 else 'their magnitude spectra'}\n{largest}")
             number = "group" if column == 0 else "kernel" if column == 1 else "filter"
             ticks = spread(len(similarity), 5)
@@ -174,8 +183,8 @@ def _draw_profiles(axis: Axes, radius: Tensor, profiles: Tensor, kind: Kind) -> 
 
 def draw_spectrum(layer: Layer, weights: Weights) -> Figure:
     """Draw the half spectrum of the weight matrix, its groups, their profiles over frequency, and their energy."""
-    figure = Figure(figsize=(15, 4.6))
-    axes = figure.subplots(1, 5, width_ratios=(0.62, 0.62, 1, 1, 1))
+    figure = Figure(figsize=(16, 4.2))
+    axes = figure.subplots(1, 5, width_ratios=(0.8, 0.8, 1, 1, 1))
     static = magnitudes(weights.static)[0]
     place = {"extent": (0, 0.5, 0.5, -0.5), "aspect": "equal", "interpolation": "nearest"}
     log_magnitude = torch.fft.fftshift(static.clamp_min(1e-12).log10(), dim=0)
@@ -183,11 +192,11 @@ def draw_spectrum(layer: Layer, weights: Weights) -> Figure:
         log_magnitude.flatten()[:: max(1, log_magnitude.numel() // 100_000)], torch.tensor([0.01, 1])
     )
     image = axes[0].imshow(log_magnitude.numpy(), vmin=low, vmax=high, **place)
-    figure.colorbar(image, ax=axes[0], location="bottom", label="log10 magnitude")
+    figure.colorbar(image, cax=axes[0].inset_axes((1.08, 0, 0.1, 1)), label="log10 magnitude")
     axes[0].set_title("spectrum of the\nweight matrix")
     index = torch.fft.fftshift(layer.fdw.band_index().cpu(), dim=0) + 1
     image = axes[1].imshow(index.numpy(), cmap=GROUP_COLORS, **place)
-    figure.colorbar(image, ax=axes[1], location="bottom", label="group")
+    figure.colorbar(image, cax=axes[1].inset_axes((1.08, 0, 0.1, 1)), label="group")
     axes[1].set_title(f"its {layer.fdw.num_bands}\ndisjoint groups")
     for axis in axes[:2]:
         axis.set(xlabel="across columns", xticks=(0, 0.5), yticks=(-0.5, 0, 0.5))
@@ -197,23 +206,19 @@ def draw_spectrum(layer: Layer, weights: Weights) -> Figure:
     for axis, kind in zip(axes[2:4], kinds_of(weights), strict=False):
         _draw_profiles(axis, *radial_profile(magnitudes(kind.matrices), radius), kind)
         axis.set_title(f"{kind.title}:\nmean magnitude (peak = 1)")
-    energy = weights.fdw.flatten(1).square().sum(1) / weights.static.square().sum()
-    axes[4].bar(
-        [group + 1 for group in weights.groups],
-        (100 * energy).tolist(),
-        width=1,
-        color=group_colors(len(weights.groups)),
-    )
+    energy = group_energy(layer.fdw, static)
+    numbers = range(1, len(energy) + 1)
+    axes[4].bar(numbers, (100 * energy / energy.sum()).tolist(), width=1, color=group_colors(len(energy)))
     axes[4].axhline(100 / layer.fdw.num_bands, color="black", linestyle=":", label="white noise")
     axes[4].set(xlabel="group", title="share of the weight's\nenergy (per cent)")
-    axes[4].legend(fontsize=8)
+    _legend_below(axes[4], -0.16)
     return figure
 
 
 def draw_responses(weights: Weights) -> Figure:
     """Draw the frequency responses of the groups' kernels, and all profiles beside bank and static layer."""
-    figure = Figure(figsize=(15, 7.4))
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    figure = Figure(figsize=(15, 6.8))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     kinds = kinds_of(weights)
     responses = [kernel_response(kind.matrices, weights.kernel_size) for kind in kinds]
     # every kernel over its own peak
@@ -223,7 +228,8 @@ def draw_responses(weights: Weights) -> Figure:
         image = axis.imshow(response.numpy(), extent=(-0.5, 0.5, 0.5, -0.5), vmin=0, vmax=1)
         axis.set(title=label, xlabel="fx (cycles/pixel)", xticks=(-0.5, 0, 0.5), yticks=(-0.5, 0, 0.5))
     axes[0].set_ylabel("fy (cycles/pixel)")
-    upper.colorbar(image, ax=axes, label="RMS over all kernels\n(peak = 1)", shrink=0.8, pad=0.01)
+    bar = axes[-1].inset_axes((1.06, 0, 0.06, 1))
+    upper.colorbar(image, cax=bar, label="RMS over all kernels\n(peak = 1)")
 
     axes = lower.subplots(1, len(kinds))
     for axis, planes, kind in zip(axes, responses, kinds, strict=True):
@@ -245,6 +251,7 @@ def draw_tsne(weights: Weights) -> Figure:
         places = torch.from_numpy(tsne.fit_transform(points.numpy())).unflatten(0, taken.shape[:2])
         for part, color, label in zip(places, kind.colors, kind.labels, strict=True):
             axis.scatter(*part.T, s=18, color=color, label=label, alpha=0.75, linewidths=0)
-        axis.set(title=f"{kind.title}: {taken.shape[1]} filters each", xticks=(), yticks=())
+        each = " each" if len(taken) > 1 else ""
+        axis.set(title=f"{kind.title}: {taken.shape[1]} filters{each}", xticks=(), yticks=())
         _legend_below(axis, -0.02)
     return figure

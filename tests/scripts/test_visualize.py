@@ -226,6 +226,17 @@ def test_only_groups_with_a_cut_pair_are_not_orthogonal(layer_module, shape):
     assert (similarity[cut].abs() > 1e-6).all()
 
 
+@pytest.mark.parametrize("in_channels", [20, 21])
+def test_energy_of_a_group_is_that_of_its_weight(layer_module, in_channels):
+    torch.manual_seed(0)
+    layer = FDConv2d(in_channels, 24, 3, num_bands=8)
+    groups = layer_module.group_matrices(layer)[1]
+    energy = layer_module.group_energy(layer.fdw, layer_module.magnitudes(groups.sum(0)))
+    torch.testing.assert_close(energy.sum(), groups.sum(0).square().sum())
+    # a cut pair of mirrored coefficients counts for both of its groups
+    torch.testing.assert_close(energy, groups.flatten(1).square().sum(1), rtol=0.02, atol=0)
+
+
 def test_kernel_response_is_the_rms_of_all_kernels_transforms(layer_module):
     torch.manual_seed(0)
     matrices = torch.randn(2, 4 * 3, 5 * 3)
