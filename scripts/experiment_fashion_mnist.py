@@ -24,9 +24,12 @@ from fdconv_zoo.layers.fdw import column_scale
 
 NUM_BANDS = 16
 CHANNELS = (20, 40)
-# Keyword arguments of FDConv2d; `static` is not converted.
+# As many parameters as FDConv with its gates.
+WIDE_CHANNELS = (24, 48)
+# Keyword arguments of FDConv2d; `static` and `static_wide` are not converted.
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": {},
+    "static_wide": {},
     "fdconv": {},
     "fdconv_official_scaling": {},
     "fdw": {"ksm": False, "fbm": False},
@@ -39,13 +42,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DESCRIPTION = f"""Train a small ResNet from scratch on Fashion-MNIST with SGD, and compare at equal epochs.
 
   static                     the static network: two BasicBlocks of {CHANNELS[0]} and {CHANNELS[1]} channels
+  static_wide                the same, {WIDE_CHANNELS[0]} and {WIDE_CHANNELS[1]} channels: about as large as fdconv
   fdconv                     FDW, KSM and FBM, {NUM_BANDS} frequency groups, Parseval-scaled spectra
   fdconv_official_scaling    the same, with the parameter of the official code, S / (min(Cin, Cout) // 2)
   fdw, fdw_ksm, fdw_fbm      parts of FDConv
   fdconv_{{1,4,64}}_band(s)    other numbers of frequency groups
 
-All variants of a seed start as the same function and see the same images in the same order with the same crops and
-flips; the figures are those of the last epoch on the 10,000 test images."""
+All variants of a seed start as the same function (but static_wide, which can't) and see the same images in the same
+order with the same crops and flips; the figures are those of the last epoch on the 10,000 test images."""
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist
   experiment_fashion_mnist.py --variants static fdconv fdconv_official_scaling
@@ -119,18 +123,18 @@ def use_official_scaling(model: nn.Module) -> nn.Module:
 
 
 def create_model(variant: str, seed: int) -> nn.Module:
-    """A variant of the network; those of a seed compute the same function at first.
+    """A variant of the network; those of a seed compute the same function at first, but for `static_wide`.
 
     timm's ResNet with a narrow 3x3 stem of stride 2 and two BasicBlocks, on maps of 14 and 7 pixels a side.
     """
     torch.manual_seed(seed)
-    channels = (*CHANNELS, CHANNELS[-1], CHANNELS[-1])
+    first, last = WIDE_CHANNELS if variant == "static_wide" else CHANNELS
     model = ResNet(
-        BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=channels, stem_type="deep",
-        stem_width=CHANNELS[0] // 2, zero_init_last=False,
+        BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, channels=(first, last, last, last), stem_type="deep",
+        stem_width=first // 2, zero_init_last=False,
     )  # fmt: skip
     model.maxpool = model.layer3 = model.layer4 = nn.Identity()  # 28 pixels have no need of them
-    if variant == "static":
+    if variant in ("static", "static_wide"):
         return model
     model = convert_to_fdconv(model, **{"num_bands": NUM_BANDS, "recompute": False, **VARIANTS[variant]})
     return use_official_scaling(model) if variant == "fdconv_official_scaling" else model
