@@ -58,7 +58,7 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
     )
     parser.add_argument(
         "--config", type=Path, default=RECIPES / f"{name}.yaml", metavar="FILE",
-        help="recipe, of options of train.py (default: scripts/configs/experiments/%(metavar)s)",
+        help=f"recipe, of options of train.py (default: scripts/configs/experiments/{name}.yaml)",
     )  # fmt: skip
     parser.add_argument(
         "--results-file", type=Path, default=Path("results", name, "results.json"), metavar="FILE",
