@@ -100,9 +100,9 @@ def create_module(args: argparse.Namespace, train_set: Dataset, resumed: bool) -
 def create_trainer(args: argparse.Namespace) -> L.Trainer:
     """Return Lightning's trainer: checkpoints and logs in `--output`, the processes that torchrun has started."""
     monitor = "val/box_mAP" if args.head in DETECTION_HEADS else "val/mIoU"
-    checkpoint = ModelCheckpoint(
-        args.output, "best", monitor=monitor, mode="max", save_last=True, enable_version_counter=False
-    )
+    best = ModelCheckpoint(args.output, "best", monitor=monitor, mode="max", enable_version_counter=False)
+    # save_last of the one above would leave out epochs that are not the best so far
+    last = ModelCheckpoint(args.output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     world = int(os.environ.get("WORLD_SIZE", 1))
     return L.Trainer(
@@ -122,7 +122,7 @@ def create_trainer(args: argparse.Namespace) -> L.Trainer:
         use_distributed_sampler=False,
         log_every_n_steps=10,
         logger=CSVLogger(args.output, name="logs"),
-        callbacks=[checkpoint, LearningRateMonitor("step"), TQDMProgressBar()],
+        callbacks=[best, last, LearningRateMonitor("step"), TQDMProgressBar()],
         enable_model_summary=False,
     )
 

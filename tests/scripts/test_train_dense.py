@@ -1,0 +1,296 @@
+"""scripts/train_dense.py on a small COCO set with masks: whole runs, a resume, the configs, errors."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torchvision.io import write_png
+from train_dense import create_trainer, main
+from train_dense_args import parse_args
+from train_dense_coco import CocoBoxes
+from train_dense_masks import MaskFolders
+from train_dense_optim import rate_factor
+
+CONFIGS = sorted((Path(__file__).parents[2] / "scripts" / "configs" / "dense").glob("*.yaml"))
+BACKBONE = ["--backbone", "resnet18_fdconv", "--backbone-kwargs", "channels=(24,32,48,64)", "layers=(1,1,1,1)"]
+BACKBONE += ["num_bands=8"]
+SMALL = [*BACKBONE, "--batch-size", "2", "-j", "0", "--warmup-steps", "2", "--device", "cpu", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four images a split of 96 x 80 or 96 pixels, each with a red and a green square, as boxes, polygons and masks."""
+    root = tmp_path_factory.mktemp("coco")
+    generator = torch.Generator().manual_seed(0)
+    side = 30
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        (root / f"{split}_masks").mkdir()
+        images, annotations = [], []
+        for number in range(4):
+            height, width = 96, 80 + 16 * (number % 2)
+            image = torch.randint(0, 60, (3, height, width), generator=generator, dtype=torch.uint8)
+            mask = torch.zeros(1, height, width, dtype=torch.uint8)
+            for color, category in enumerate((3, 7)):
+                x, y = int(torch.randint(0, width - side, (), generator=generator)), 8 + 44 * color
+                image[color, y : y + side, x : x + side] = 220
+                mask[:, y : y + side, x : x + side] = color + 1
+                corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1, "image_id": number, "category_id": category, "iscrowd": 0,
+                        "bbox": [x, y, side, side], "area": side * side, "segmentation": [corners],
+                    }
+                )  # fmt: skip
+            write_png(image, str(root / split / f"{number}.png"))
+            write_png(mask, str(root / f"{split}_masks" / f"{number}.png"))
+            images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+        categories = [{"id": 7, "name": "green"}, {"id": 3, "name": "red"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def boxes(data):
+    options = ["--min-size", "96", "--max-size", "128"]
+    for split in ("train", "val"):
+        options += [f"--{split}-images", str(data / split), f"--{split}-annotations", str(data / f"{split}.json")]
+    return options
+
+
+def masks(data):
+    options = ["--num-classes", "3", "--scale-size", "96", "--crop-size", "64", "64"]
+    for split in ("train", "val"):
+        options += [f"--{split}-images", str(data / split), f"--{split}-masks", str(data / f"{split}_masks")]
+    return options
+
+
+def error_of(arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    message = str(exit.value.code)
+    assert message.startswith("train_dense.py: error: ")
+    assert "\n" not in message
+    return message
+
+
+def logged(output, key):
+    """The values of a column of the last run's metrics, with their steps."""
+    newest = max((output / "logs").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+    with (newest / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row[key]) for row in csv.DictReader(file) if row.get(key)}
+
+
+def test_detector_trains_prints_map_and_goes_on(data, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ["--head", "faster_rcnn", *SMALL, *boxes(data), "--output", str(output)]
+    main(options)
+    printed = capsys.readouterr()
+    score = float(re.search(r"val/box_mAP (\S+),", printed.out)[1])
+    assert 0 <= score <= 1
+    assert "4 images for training, 4 for validation" in printed.err
+    assert {"last.ckpt", "best.ckpt", "args.yaml"} <= {path.name for path in output.iterdir()}
+    first = torch.load(output / "last.ckpt", weights_only=True)
+    assert (first["epoch"], first["global_step"]) == (0, 2)
+    assert logged(output, "val/box_mAP") == {1: pytest.approx(score, abs=1e-4)}
+
+    assert "holds a run: add --resume to go on with it" in error_of(options)
+
+    main(["--config", str(output / "args.yaml"), "--epochs", "2", "--resume"])
+    printed = capsys.readouterr()
+    assert "goes on from" in printed.err and "val/box_mAP " in printed.out
+    second = torch.load(output / "last.ckpt", weights_only=True)
+    assert (second["epoch"], second["global_step"]) == (1, 4)
+    assert logged(output, "val/box_mAP").keys() == {3}  # the first epoch is not repeated
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert any(not torch.equal(first["state_dict"][name], value) for name, value in second["state_dict"].items())
+
+
+def test_upernet_trains_and_prints_miou(data, tmp_path, capsys):
+    main(["--head", "upernet", *SMALL, *masks(data), "--output", str(tmp_path)])
+    score = float(re.search(r"val/mIoU (\S+)", capsys.readouterr().out)[1])
+    assert 0 <= score <= 1
+    assert logged(tmp_path, "val/mIoU") == {1: pytest.approx(score, abs=1e-4)}
+
+
+class Falling(L.LightningModule):
+    """Its score is best after the first epoch, and it breaks in the fourth."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, index):
+        if self.current_epoch == 3:
+            raise RuntimeError("stopped here")
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, index):
+        self.log("val/mIoU", 0.5**self.current_epoch)
+
+
+def test_last_checkpoint_is_of_the_last_whole_epoch(data, tmp_path):
+    args = parse_args(["--head", "upernet", *SMALL, *masks(data), "--epochs", "5", "--output", str(tmp_path)])
+    loader = torch.utils.data.DataLoader(torch.zeros(4, 1), 2)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        create_trainer(args).fit(Falling(), loader, loader)
+    epochs = {name: torch.load(tmp_path / name, weights_only=True)["epoch"] for name in ("best.ckpt", "last.ckpt")}
+    assert epochs == {"best.ckpt": 0, "last.ckpt": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["mask_rcnn", "retinanet", "unet", "deeplabv3plus"])
+def test_other_heads_train(head, data, tmp_path, capsys):
+    detection = head in ("mask_rcnn", "retinanet")
+    main(["--head", head, *SMALL, *(boxes if detection else masks)(data), "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert ("val/box_mAP" if detection else "val/mIoU") in printed
+    assert ("val/mask_mAP" in printed) == (head == "mask_rcnn")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_parsed_whole(config, data):
+    loaded = yaml.safe_load(config.read_text())
+    data_options = masks(data) if loaded["head"] == "upernet" else boxes(data)
+    args = parse_args([*data_options, "--config", str(config)])
+    overridden = {"num_classes", "scale_size", "crop_size", "min_size", "max_size"}
+    for key, value in loaded.items():
+        if key not in overridden:
+            assert getattr(args, key) == value, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_runs_one_batch(config, data, tmp_path, capsys):
+    loaded = yaml.safe_load(config.read_text())
+    data_options = masks(data) if loaded["head"] == "upernet" else boxes(data)
+    options = [*BACKBONE, "--no-pretrained", "-j", "0", "--device", "cpu", "--limit-batches", "1", "--epochs", "1"]
+    options += ["--steps", "1"] if "steps" in loaded else []
+    main(["--config", str(config), *options, *data_options, "--output", str(tmp_path)])
+    assert "val/" in capsys.readouterr().out
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_categories_become_labels_in_the_order_of_their_ids(data):
+    dataset = CocoBoxes(data / "train", data / "train.json", with_masks=True, train=False)
+    image, target = dataset[0]
+    assert (image.shape, image.dtype) == ((3, 96, 80), torch.float32)
+    assert target["labels"].tolist() == [1, 2]
+    for channel, ((x1, y1, x2, y2), mask) in enumerate(
+        zip(target["boxes"].int().tolist(), target["masks"], strict=True)
+    ):
+        assert (image[channel, y1:y2, x1:x2] > 0.8).all()
+        assert mask[y1:y2, x1:x2].all() and mask.sum() == 900
+
+
+def test_mirror_moves_boxes_and_masks_with_the_image(data):
+    dataset = CocoBoxes(data / "train", data / "train.json", with_masks=True, train=True)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(12):
+        image, target = dataset[1]
+        (x1, y1, x2, y2), mask = target["boxes"][0].int().tolist(), target["masks"][0]
+        assert (image[0, y1:y2, x1:x2] > 0.8).all() and mask[y1:y2, x1:x2].all()
+        seen.add(x1)
+    assert len(seen) == 2
+
+
+def broken(name):
+    """A json that can't be used, as a function of the right one."""
+
+    def change(content):
+        if name == "no json":
+            return content[:40]
+        loaded = json.loads(content)
+        if name == "no categories":
+            del loaded["categories"]
+        elif name == "no image_id":
+            del loaded["annotations"][0]["image_id"]
+        elif name == "unknown category":
+            loaded["annotations"][0]["category_id"] = 99
+        elif name == "gone image":
+            loaded["images"][0]["file_name"] = "gone.png"
+        elif name == "other categories":
+            loaded["categories"].append({"id": 9, "name": "blue"})
+        return json.dumps(loaded)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no json", "can't read {path}"),
+        ("no categories", "{path} is no COCO file of boxes: it has no categories"),
+        ("no image_id", "{path} is no COCO file of boxes: an entry has no 'image_id'"),
+        ("unknown category", "{path} has objects of unknown category_id [99]"),
+        ("gone image", "1 of 4 images of {path} are not in"),
+        ("other categories", "has other categories than {path}"),
+    ],
+)
+def test_bad_json_is_one_line(name, expected, data, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(broken(name)((data / "train.json").read_text()))
+    output = tmp_path / "run"
+    options = [*SMALL, *boxes(data), "--train-annotations", str(path), "--output", str(output)]
+    assert expected.format(path=path) in error_of(options)
+    assert not output.exists()
+
+
+def test_broken_image_is_one_line(data, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(b"no image")
+    options = [*SMALL, *boxes(data), "--train-images", str(folder), "--output", str(tmp_path / "run")]
+    assert f"can't read {folder}" in error_of(options).replace("\\n", "")
+
+
+def test_mask_of_an_unknown_class_is_refused(data):
+    options = {
+        "ignore_index": 255, "mean": (0.5,) * 3, "std": (0.5,) * 3, "scale_size": 96, "crop_size": None,
+        "scale": (1.0, 1.0),
+    }  # fmt: skip
+    folders = data / "val", data / "val_masks"
+    with pytest.raises(ValueError, match=r"has classes \[2\], allowed are 0 to 1 and 255"):
+        MaskFolders(*folders, num_classes=2, reduce_zero_label=False, **options)[0]
+    mask = MaskFolders(*folders, num_classes=2, reduce_zero_label=True, **options)[0][1]
+    assert mask.unique().tolist() == [0, 1, 255]
+
+
+def test_missing_masks_are_one_line(data, tmp_path):
+    (tmp_path / "masks").mkdir()
+    options = ["--head", "upernet", *SMALL, *masks(data), "--train-masks", str(tmp_path / "masks")]
+    assert "4 of 4 images have no mask of the same name" in error_of([*options, "--output", str(tmp_path / "run")])
+
+
+def test_missing_options_are_named(data, capsys):
+    for arguments, message in (
+        (["--head", "mask_rcnn", "--train-images", "a"], "mask_rcnn needs --train-annotations, --val-images"),
+        (["--head", "upernet", *boxes(data)], "upernet needs --train-masks, --val-masks"),
+        ([*boxes(data), "--epochs", "0"], "--epochs is 0, it must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_rate_of_1x_falls_at_epochs_8_and_11(data):
+    args = parse_args([*boxes(data), "--warmup-steps", "50"])
+    factor = rate_factor(args, total=1200, updates_per_epoch=100)
+    assert factor(0) == pytest.approx(0.001)
+    assert [factor(update) for update in (50, 799, 800, 1099, 1100)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_poly_rate_ends_at_zero(data):
+    args = parse_args([*boxes(data), "--sched", "poly", "--warmup-steps", "1"])
+    factor = rate_factor(args, total=100, updates_per_epoch=10)
+    assert [factor(update) for update in (50, 100)] == pytest.approx([0.5**0.9, 0.0])
