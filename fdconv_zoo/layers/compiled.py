@@ -6,18 +6,13 @@ Inductor has no kernels for complex numbers, and unrolling the samples would mak
 import torch
 from torch import Tensor
 
-from .eager import Inputs, Plan, backward_pass, forward_pass, output_size
+from .eager import Inputs, Plan, backward_pass, forward_pass, memory_format, output_size
 
 INPUTS = (
     "Tensor x, Tensor bands, Tensor? element, Tensor? scale, Tensor? local_input, Tensor spectrum, "
     "Tensor? local_weight, Tensor gain_index"
 )
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channels_last"
-
-
-def memory_format(channels_last: bool) -> torch.memory_format:
-    """Memory format of outputs and of the input's gradient: that of the input."""
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def make_plan(inputs: Inputs, gain_index: Tensor, geometry: tuple[list[int], ...], channels_last: bool) -> Plan:
@@ -27,10 +22,9 @@ def make_plan(inputs: Inputs, gain_index: Tensor, geometry: tuple[list[int], ...
 
 @torch.library.custom_op("fdconv_zoo::conv2d", mutates_args=(), schema=f"({INPUTS}, {GEOMETRY}) -> Tensor")
 def conv2d(*arguments: object) -> Tensor:
-    """:func:`~fdconv_zoo.layers.eager.forward_pass` with a fixed memory format."""
+    """:func:`~fdconv_zoo.layers.eager.forward_pass`."""
     inputs, gain_index, geometry, channels_last = split(arguments)
-    output, _ = forward_pass(make_plan(inputs, gain_index, geometry, channels_last), gain_index, inputs)
-    return output.contiguous(memory_format=memory_format(channels_last))
+    return forward_pass(make_plan(inputs, gain_index, geometry, channels_last), gain_index, inputs)[0]
 
 
 @conv2d.register_fake

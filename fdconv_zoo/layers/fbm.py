@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .functional import is_exporting
+
 # Cutoffs are fractions, so that what they keep is counted in integers.
 MAX_DENOMINATOR = 1 << 30
 
@@ -53,12 +55,10 @@ def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtyp
         Columns (size, count), orthonormal up to the Nyquist frequency but for the second, which is zero.
     """
     column = torch.arange(count, device=device)
-    # Whole turns are dropped in integers, where they cost no precision.
-    turns = torch.arange(size, device=device)[:, None] * (column // 2)
-    turns = torch.remainder(turns, torch.full([], size, device=device))
-    angle = turns.to(dtype) * (2 * math.pi / size) - (column % 2).to(dtype) * (math.pi / 2)
-    norm = ((2 - (column == 0).to(dtype)) / size).sqrt()
-    return torch.cos(angle) * norm
+    # Angles in quarters of 1/size turn, a sine a quarter turn behind: whole turns are dropped in integers, without loss.
+    quarters = 4 * torch.arange(size, device=device)[:, None] * (column // 2) - size * (column % 2)
+    angle = torch.remainder(quarters, torch.full([], 4 * size, device=device)).to(dtype) * (math.pi / (2 * size))
+    return torch.cos(angle) * ((2 - (column == 0).to(dtype)) / size).sqrt()
 
 
 def low_pass(x: Tensor, cutoff: float) -> Tensor:
@@ -75,7 +75,10 @@ def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
     rows = fourier_basis(height, num_kept(height, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
-    columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
+    if height == width and not torch.jit.is_tracing() and not is_exporting():
+        columns = rows
+    else:
+        columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
     # Batched products of 3-D tensors: torch.matmul would copy the basis for every channel.
     maps = x.reshape(batch * channels, height, width)
     analysis = torch.matmul(maps, columns).transpose(1, 2).matmul(rows).transpose(1, 2)

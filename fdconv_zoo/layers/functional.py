@@ -45,7 +45,7 @@ def unfold(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dil
         for j in range(kw):
             left, right = j * dilation[1], x.shape[3] - (kw - 1 - j) * dilation[1]
             row.append(x[:, :, top : bottom : stride[0], left : right : stride[1]])
-        rows.append(torch.stack(row, dim=2))
+        rows.append(row[0].unsqueeze(2) if kw == 1 else torch.stack(row, dim=2))
     return torch.stack(rows, dim=1)
 
 

@@ -24,7 +24,7 @@ class Geometry:
         by_groups: Convolve by one grouped convolution instead of a matrix product.
         stack_rows: The kernel's rows become channels of a (1, kw) convolution, whose kernels are the weight matrix as
             it lies in memory.
-        channels_last: Memory format of the output of a matrix product.
+        channels_last: Memory format of the output.
     """
 
     kernel_size: tuple[int, int]
@@ -68,19 +68,18 @@ class SampleConv:
             return kernels.view(-1, kh * kernels.shape[3], 1, kw)
         return torch.stack(kernels.unbind(2), dim=3).flatten(0, 1)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Output (B, Cout, Hout, Wout) for weight matrices (B, R, C)."""
+    def forward(self, weight: Tensor, out: Tensor) -> None:
+        """Convolves with weight matrices (B, R, C) and writes the output (B, Cout, Hout, Wout) to `out`."""
         batch = len(self.x)
         if self.maps is not None:
             maps = self.maps.reshape(1, -1, *self.maps.shape[2:])
-            out = F.conv2d(maps, self._kernels(weight), None, *self.arguments, groups=batch)
-            return out.view(batch, -1, *out.shape[2:])
-        kernels = weight.view(batch, -1, self.patches.shape[1])
+            out.copy_(F.conv2d(maps, self._kernels(weight), None, *self.arguments, groups=batch).view_as(out))
+            return
+        kernels, places = weight.view(batch, -1, self.patches.shape[1]), out.flatten(2)
         if self.geometry.channels_last:
-            out = torch.bmm(self.patches.mT, kernels.mT).mT
+            torch.bmm(self.patches.mT, kernels.mT, out=places.mT)
         else:
-            out = torch.bmm(kernels, self.patches)
-        return out.unflatten(2, self.size)
+            torch.bmm(kernels, self.patches, out=places)
 
     def grad_weight(self, grad: Tensor, rows: int) -> Tensor:
         """Gradient of the weight matrices (B, R, C), given R and that of the output."""
