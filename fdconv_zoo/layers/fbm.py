@@ -55,7 +55,7 @@ def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtyp
         Columns (size, count), orthonormal up to the Nyquist frequency but for the second, which is zero.
     """
     column = torch.arange(count, device=device)
-    # Angles in quarters of 1/size turn, a sine a quarter turn behind: whole turns are dropped in integers, without loss.
+    # Angles in quarters of 1/size turn, a sine a quarter turn behind: whole turns are dropped in integers, exactly.
     quarters = 4 * torch.arange(size, device=device)[:, None] * (column // 2) - size * (column % 2)
     angle = torch.remainder(quarters, torch.full([], 4 * size, device=device)).to(dtype) * (math.pi / (2 * size))
     return torch.cos(angle) * ((2 - (column == 0).to(dtype)) / size).sqrt()
