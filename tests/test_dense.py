@@ -30,6 +30,8 @@ from tests.dense_models import MODELS, NARROW
 from tests.models.base import stir
 
 ALL = (-4, -3, -2, -1)
+# Swin's patches are 4 by 4 pixels
+ODD = {"resnet50_fdconv": (97, 131), "convnext_tiny_fdconv": (97, 131), "swin_tiny_fdconv": (100, 132)}
 
 
 def pairs(heads, default):
@@ -64,7 +66,7 @@ def assert_gradients(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pyramid_of_odd_sizes(name):
-    size = (100, 132) if name == "swin_tiny_fdconv" else (97, 131)
+    size = ODD[name]
     maps = FeaturePyramid(create_backbone(name), out_channels=16)(torch.randn(2, 3, *size))
     assert list(maps) == ["0", "1", "2", "3", "pool"]
     for level, features in enumerate(maps.values()):
@@ -209,13 +211,15 @@ def test_transformers_head_has_the_backbone_s_weights_and_trains(head, name):
     # DETR writes BatchNorm as a product and a sum; the others keep the module
     assert_same_maps(find_backbone(model), backbone, 1e-9 if head == "detr" else 0)
     model.train()
-    size = (2, 3, 96, 128)
+    size = (2, 3, *ODD[name])
     outputs = model(pixel_values=torch.randn(size), **make_labels(head, 2, *size[2:]))
     outputs.loss.backward()
     assert outputs.loss.isfinite()
     for _, layer in named_fd_layers(model):
         assert layer.fdw.spectrum.grad.isfinite().all()
         assert layer.fdw.spectrum.grad.any()
+    with torch.no_grad():
+        model.eval()(pixel_values=torch.randn(1, 3, 128, 64))
 
 
 @pytest.mark.parametrize(("head", "name"), pairs(HEADS, {("detr", "resnet50_fdconv"), ("upernet", "swin_tiny_fdconv")}))
@@ -235,13 +239,14 @@ def test_saved_transformers_head_is_loaded_whole(head, name, tmp_path):
                 assert relative_error(theirs, ours) < 1e-5
 
 
-def test_transformers_head_trains_on_one_image():
+@pytest.mark.parametrize("head", ["mask2former", "maskformer", "detr"])
+def test_transformers_head_trains_on_one_image(head):
     backbone = stir(create_backbone("resnet50_fdconv"))
-    config = create_config("mask2former", "resnet50_fdconv", freeze_batch_norm_2d=True)
-    model = build_transformers_head(HEADS["mask2former"][0], config, backbone)
+    config = create_config(head, "resnet50_fdconv", freeze_batch_norm_2d=True)
+    model = build_transformers_head(HEADS[head][0], config, backbone)
     assert_same_maps(find_backbone(model), backbone, 1e-9)
     model.train()
-    model(pixel_values=torch.randn(1, 3, 96, 96), **make_labels("mask2former", 1, 96, 96)).loss.backward()
+    model(pixel_values=torch.randn(1, 3, 96, 96), **make_labels(head, 1, 96, 96)).loss.backward()
     assert all(layer.fdw.spectrum.grad.any() for _, layer in named_fd_layers(model))
 
 
