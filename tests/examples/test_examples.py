@@ -38,12 +38,9 @@ def test_torchvision(head, model, capsys):
     assert ("masks (" in printed) == (head == "mask_rcnn")
 
 
-@pytest.mark.parametrize(
-    ("head", "model"),
-    [("upernet", "convnext_tiny_fdconv"), ("unet", "swin_tiny_fdconv"), ("deeplabv3plus", "resnet50_fdconv")],
-)
-def test_segmentation_models_pytorch(head, model, capsys):
-    smp_segmentation.main(["--head", head, "--model", model, "--size", "96", *narrow(model)])
+def test_segmentation_models_pytorch(capsys):
+    main = smp_segmentation.main
+    main(["--head", "deeplabv3plus", "--model", "resnet50_fdconv", "--size", "96", *narrow("resnet50_fdconv")])
     assert "logits: (2, 5, 96, 96)" in capsys.readouterr().out
 
 

@@ -10,7 +10,13 @@ from fdconv_zoo.convert import named_fd_layers
 from tests.dense_models import MODELS, NARROW
 from tests.models.base import stir
 
-PAIRS = [(head, name) for head in HEADS for name in MODELS if (head, name) != ("deeplabv3plus", "swin_tiny_fdconv")]
+QUICK = {("upernet", "convnext_tiny_fdconv"), ("unet", "swin_tiny_fdconv"), ("deeplabv3plus", "resnet50_fdconv")}
+PAIRS = [
+    pytest.param(head, name, marks=[] if (head, name) in QUICK else pytest.mark.slow)
+    for head in HEADS
+    for name in MODELS
+    if (head, name) != ("deeplabv3plus", "swin_tiny_fdconv")
+]
 
 
 def create(head, name):
