@@ -75,7 +75,8 @@ def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
     rows = fourier_basis(height, num_kept(height, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
-    if height == width and not torch.jit.is_tracing() and not is_exporting():
+    # In this order: a comparison of sizes would be a condition on every exported program.
+    if not torch.jit.is_tracing() and not is_exporting() and height == width:
         columns = rows
     else:
         columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
