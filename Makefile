@@ -16,8 +16,9 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
+# Two processes of one thread each; all tests of a model run in one of them.
 test-all: .venv/.installed
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' -n 2 --dist loadgroup
 
 cards: .venv/.installed
 	$(BIN)/python -m hub.model_cards --check
