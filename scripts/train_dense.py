@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +13,22 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from timm.layers import freeze_batch_norm_2d
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Subset
 from train_args import save_args
 from train_dense_args import DETECTION_HEADS, parse_args
 from train_dense_coco import CocoBoxes, collate
 from train_dense_masks import MaskFolders
 from train_dense_models import create_detector, create_segmenter, normalization
 from train_dense_modules import DenseModule, DetectionModule, SegmentationModule
+from train_dense_resume import (
+    STOPS,
+    CheckpointFiles,
+    EndOfRun,
+    EpochSampler,
+    StopAfterBatch,
+    read_progress,
+)
+from train_sampler import SeededDataset
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 
@@ -41,9 +50,12 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         return train_set, val_set
     mean, std = normalization(args.backbone)
     options: dict[str, Any] = {
+        "image_suffix": args.image_suffix,
+        "mask_suffix": args.mask_suffix,
         "num_classes": args.num_classes,
         "ignore_index": args.ignore_index,
         "reduce_zero_label": args.reduce_zero_label,
+        "mask_values": args.mask_values,
         "mean": mean,
         "std": std,
         "scale_size": args.scale_size,
@@ -53,27 +65,37 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return train_set, MaskFolders(args.val_images, args.val_masks, crop_size=None, **options)
 
 
-def create_loaders(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> tuple[DataLoader, DataLoader]:
-    """Return the loaders of this process; the order of an epoch depends on seed and epoch only.
+def create_loaders(
+    args: argparse.Namespace, train_set: Dataset, val_set: Dataset, epoch: int
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of this process; the images of an epoch depend on seed and epoch only.
+
+    Args:
+        args: Arguments of train_dense.py.
+        train_set: Images for training.
+        val_set: Images for validation, of which each process has a part and none has one twice.
+        epoch: The first.
 
     Raises:
-        ValueError: There are fewer images than one batch.
+        ValueError: There are fewer images than one batch, or fewer for validation than processes.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if len(train_set) < args.batch_size * world:
         raise ValueError(f"{len(train_set)} images are fewer than a batch of {args.batch_size} x {world} processes")
-    detection = args.head in DETECTION_HEADS
+    if len(val_set) < world:
+        raise ValueError(f"{len(val_set)} images for validation are fewer than {world} processes")
     shared = {
         "num_workers": args.workers,
-        "collate_fn": collate if detection else None,
+        "collate_fn": collate if args.head in DETECTION_HEADS else None,
         "persistent_workers": args.workers > 0,
     }
-    train_sampler = DistributedSampler(train_set, world, rank, shuffle=True, seed=args.seed, drop_last=True)
-    val_sampler = DistributedSampler(val_set, world, rank, shuffle=False)
-    # validation images differ in size, and masks are not padded
+    sampler = EpochSampler(train_set, world, rank, shuffle=True, seed=args.seed, drop_last=True)
+    # Lightning sets it too, but too late for loader processes of a resumed run
+    sampler.set_epoch(epoch)
+    # one by one: what is found in an image would depend on those it is padded with
     return (
-        DataLoader(train_set, args.batch_size, sampler=train_sampler, drop_last=True, **shared),
-        DataLoader(val_set, args.batch_size if detection else 1, sampler=val_sampler, **shared),
+        DataLoader(SeededDataset(train_set, args.seed), args.batch_size, sampler=sampler, drop_last=True, **shared),
+        DataLoader(Subset(val_set, range(rank, len(val_set), world)), 1, **shared),
     )
 
 
@@ -111,8 +133,7 @@ def create_trainer(args: argparse.Namespace) -> L.Trainer:
         num_nodes=world // processes,
         strategy="ddp" if world > 1 else "auto",
         precision=args.precision,
-        max_epochs=None if args.steps else args.epochs,
-        max_steps=args.steps or -1,
+        max_epochs=-1 if args.steps else args.epochs,
         limit_train_batches=args.limit_batches,
         limit_val_batches=args.limit_batches,
         check_val_every_n_epoch=args.val_interval,
@@ -122,7 +143,8 @@ def create_trainer(args: argparse.Namespace) -> L.Trainer:
         use_distributed_sampler=False,
         log_every_n_steps=10,
         logger=CSVLogger(args.output, name="logs"),
-        callbacks=[best, last, LearningRateMonitor("step"), TQDMProgressBar()],
+        plugins=[CheckpointFiles()],
+        callbacks=[best, last, EndOfRun(args.steps), StopAfterBatch(), LearningRateMonitor("step"), TQDMProgressBar()],
         enable_model_summary=False,
     )
 
@@ -135,8 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if last.exists() and not args.resume:
             raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
+        epochs, steps = read_progress(last) if resumed else (0, 0)
+        if steps >= args.steps if args.steps else epochs >= args.epochs:
+            print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
+            return
         train_set, val_set = create_datasets(args)
-        loaders = create_loaders(args, train_set, val_set)
+        loaders = create_loaders(args, train_set, val_set, epochs)
         L.seed_everything(args.seed, workers=True)
         module = create_module(args, train_set, resumed)
         trainer = create_trainer(args)
@@ -150,6 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file=sys.stderr,
             )
         trainer.fit(module, *loaders, ckpt_path=last if resumed else None, weights_only=True)
+    except STOPS as stopped:
+        name = signal.Signals(getattr(stopped, "signum", signal.SIGTERM)).name
+        if trainer.is_global_zero:
+            print(
+                f"\nstopped by {name}; go on with --resume, "
+                f"{f'after the last whole epoch, from {last}' if last.exists() else 'from the start'}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + signal.Signals[name])
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"train_dense.py: error: {error}")
     if trainer.is_global_zero:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm.utils
@@ -10,7 +11,7 @@ import yaml
 from train_args import recipe_tokens
 
 DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet")
-SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus")
+SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former")
 EXAMPLES = """examples:
   # Faster R-CNN on COCO, on one machine with 8 GPUs
   torchrun --nproc_per_node=8 scripts/train_dense.py --config scripts/configs/dense/faster_rcnn_1x_coco.yaml \\
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument("--backbone-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="KEY=VALUE")
     group.add_argument("--head-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="KEY=VALUE",
-                       help="of torchvision's detector or of smp's model")  # fmt: skip
+                       help="of torchvision's detector, of smp's model or of Mask2FormerConfig")  # fmt: skip
     group.add_argument(
         "--freeze-bn", action=flag, default=False,
         help="keep the backbone's batch norms, KSM's among them, as they are: for pretrained weights and few images "
@@ -78,11 +79,20 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{split}-images", type=Path, metavar="DIR", help="folder of images")
         group.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="COCO json, for detection")
         group.add_argument(f"--{split}-masks", type=Path, metavar="DIR", help="folder of PNG masks, for segmentation")
+    group.add_argument("--image-suffix", default="", metavar="END",
+                       help="images for segmentation are the files whose names end so (_leftImg8bit.png); "
+                       "default: all")  # fmt: skip
+    group.add_argument("--mask-suffix", default=".png", metavar="END",
+                       help="what a mask's name has in place of --image-suffix, or of the image's .jpg")  # fmt: skip
     group.add_argument("--num-classes", type=int, metavar="N", help="classes of the masks; boxes: from the json")
     group.add_argument("--ignore-index", type=int, default=255, metavar="N", help="pixels without a class")
     group.add_argument(
         "--reduce-zero-label", action=flag, default=False, help="0 has no class, 1 is the first: ADE20K's masks"
     )
+    group.add_argument(
+        "--mask-values", type=int, nargs="*", default=[], metavar="V",
+        help="values of the masks that are classes 0, 1, ...; pixels of others have no class",
+    )  # fmt: skip
     group.add_argument("--min-size", type=int, nargs="+", default=[800], metavar="N",
                        help="shorter side for detection; of several, one at random in training and the last "
                        "in validation")  # fmt: skip
@@ -156,3 +166,8 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         parser.error(f"{args.head} needs {', '.join(missing)}")
     if args.head in SEGMENTATION_HEADS and args.num_classes is None:
         parser.error(f"{args.head} needs --num-classes")
+    if args.mask_values and (len(args.mask_values) != args.num_classes or min(args.mask_values) < 0):
+        parser.error(f"--mask-values {args.mask_values} must be --num-classes {args.num_classes} values, from 0 up")
+    absent = [name for name in ("transformers", "scipy") if find_spec(name) is None]
+    if args.head == "mask2former" and absent:
+        parser.error(f"mask2former needs {' and '.join(absent)}: pip install {' '.join(absent)}")

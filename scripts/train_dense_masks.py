@@ -1,5 +1,6 @@
 """Images with a class for each pixel, from a folder of images and one of PNG masks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,29 @@ from torchvision.tv_tensors import Mask
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
-def pair_files(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Return the images, subfolders included, with the masks of the same names.
+def pair_files(images: Path, masks: Path, image_suffix: str, mask_suffix: str) -> list[tuple[Path, Path]]:
+    """Return the images, subfolders included, with the masks of the same names in the same subfolders.
+
+    Args:
+        images: Folder of images.
+        masks: Folder of masks.
+        image_suffix: End of an image's name; others are left out. Empty for all images, whatever their format.
+        mask_suffix: Takes its place in the mask's name.
 
     Raises:
         ValueError: There are no images, or one has no mask.
     """
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = [path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES and path.name.endswith(image_suffix)]
     if not found:
-        raise ValueError(f"no images in {images}")
-    pairs = [(path, (masks / path.relative_to(images)).with_suffix(".png")) for path in found]
-    alone = [image for image, mask in pairs if not mask.is_file()]
+        raise ValueError(f"no images in {images}{f' whose names end in {image_suffix}' if image_suffix else ''}")
+    pairs = []
+    for path in sorted(found):
+        name = path.name.removesuffix(image_suffix or path.suffix) + mask_suffix
+        pairs.append((path, (masks / path.relative_to(images)).with_name(name)))
+    alone = [pair for pair in pairs if not pair[1].is_file()]
     if alone:
-        raise ValueError(
-            f"{len(alone)} of {len(pairs)} images have no mask of the same name in {masks}: {alone[0]}, ..."
-        )
+        image, mask = alone[0]
+        raise ValueError(f"{len(alone)} of {len(pairs)} images in {images} have no mask: {mask} of {image} is missing")
     return pairs
 
 
@@ -42,9 +51,13 @@ class MaskFolders(Dataset):
     Args:
         images: Folder of images.
         masks: Folder of masks, PNG with the index of the class in each pixel.
+        image_suffix: As for `pair_files`.
+        mask_suffix: As for `pair_files`.
         num_classes: Classes, to check the masks.
         ignore_index: Pixels without a class.
         reduce_zero_label: 0 is without a class, and all others are one too high.
+        mask_values: Values of the masks that are classes 0, 1 and so on, all others have no class; empty for masks
+            that have the classes themselves.
         mean: Of each channel.
         std: Of each channel.
         scale_size: Shorter side in pixels.
@@ -60,16 +73,20 @@ class MaskFolders(Dataset):
         images: Path,
         masks: Path,
         *,
+        image_suffix: str,
+        mask_suffix: str,
         num_classes: int,
         ignore_index: int,
         reduce_zero_label: bool,
+        mask_values: Sequence[int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         scale_size: int,
         crop_size: tuple[int, int] | None,
         scale: tuple[float, float],
     ) -> None:
-        self.pairs = pair_files(images, masks)
+        self.pairs = pair_files(images, masks, image_suffix, mask_suffix)
+        self.mask_values = torch.tensor(mask_values, dtype=torch.int64)
         self.num_classes, self.ignore_index, self.reduce_zero_label = num_classes, ignore_index, reduce_zero_label
         self.crop_size = crop_size
         self.resize = v2.Resize(scale_size)
@@ -95,6 +112,10 @@ class MaskFolders(Dataset):
         mask = torch.from_numpy(np.array(Image.open(path))).long()
         if mask.dim() != 2:
             raise ValueError(f"{path} has {tuple(mask.shape)} values: a mask has one a pixel, the index of its class")
+        if len(self.mask_values):
+            classes = torch.full((int(max(mask.max(), self.mask_values.max())) + 1,), self.ignore_index)
+            classes[self.mask_values] = torch.arange(len(self.mask_values))
+            mask = classes[mask]
         if self.reduce_zero_label:
             mask = torch.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
         if ((mask >= self.num_classes) & (mask != self.ignore_index)).any():

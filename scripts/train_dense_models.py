@@ -1,4 +1,4 @@
-"""Detectors of torchvision and segmentation networks of segmentation-models-pytorch on any timm backbone."""
+"""Detectors of torchvision, and networks of segmentation-models-pytorch and transformers, on any timm backbone."""
 
 import argparse
 from typing import Any
@@ -63,8 +63,12 @@ def create_detector(args: argparse.Namespace, num_classes: int, resumed: bool) -
 
 
 def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a network of segmentation-models-pytorch, logits (B, classes, H, W), and the backbone in it."""
+    """Return a network, scores (B, classes, H, W) of images (B, 3, H, W), and the backbone in it."""
     options = backbone_options(args, resumed)
+    if args.head == "mask2former":
+        from train_dense_mask2former import create_mask2former  # needs transformers, which other heads do not
+
+        return create_mask2former(args, options)
     pretrained = options.pop("pretrained")
     model = smp.create_model(
         args.head,
@@ -81,12 +85,12 @@ def predict_classes(model: nn.Module, image: Tensor, size: tuple[int, int], divi
     """Return the likeliest class of each pixel of one image.
 
     Args:
-        model: Network with logits (1, classes, H, W).
+        model: Network with scores (1, classes, H, W).
         image: (1, 3, h, w), padded inside to multiples of `divisor`.
         size: H and W of the result.
         divisor: What height and width must be multiples of.
     """
     height, width = image.shape[-2:]
     padded = nn.functional.pad(image, (0, -width % divisor, 0, -height % divisor))
-    logits = model(padded)[..., :height, :width]
-    return nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+    scores = model(padded)[..., :height, :width]
+    return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False).argmax(1)

@@ -1,10 +1,15 @@
 """Lightning modules: what a training and a validation step are for detection and for semantic segmentation."""
 
 import argparse
+from itertools import chain, zip_longest
+from typing import Any
 
 import lightning as L
+import numpy as np
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -14,8 +19,26 @@ from train_dense_models import predict_classes
 from train_dense_optim import create_optimizer, rate_factor
 
 
+def gather_images(metric: MeanAveragePrecision, rank: int, world_size: int) -> None:
+    """Give a process's metric the images of all, in the order that one process would have.
+
+    torchmetrics' own way waits for ever where processes have different numbers of images.
+
+    Args:
+        metric: It has image ``rank``, ``rank + world_size``, and so on.
+        rank: Of this process.
+        world_size: Number of processes.
+    """
+    states: list[Any] = [None] * world_size
+    dist.all_gather_object(states, metric.metric_state)
+    nothing = object()
+    for name in states[rank]:
+        images = chain.from_iterable(zip_longest(*(state[name] for state in states), fillvalue=nothing))
+        setattr(metric, name, [image for image in images if image is not nothing])
+
+
 class DenseModule(L.LightningModule):
-    """What all tasks share: optimiser, schedule and frozen batch norms.
+    """What all tasks share: optimiser, schedule, random numbers of an update, and one score for all processes.
 
     Args:
         model: Backbone and head.
@@ -31,10 +54,25 @@ class DenseModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         images = self.args.batch_size * self.args.grad_accum_steps * self.trainer.world_size
         optimizer = create_optimizer(self.model, self.backbone_parts[0], self.args, images)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.args.steps or int(self.trainer.estimated_stepping_batches)
         per_epoch = self.trainer.num_training_batches / self.args.grad_accum_steps
         schedule = LambdaLR(optimizer, rate_factor(self.args, total, per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # a resumed run draws what the uninterrupted one did
+        entropy = (self.args.seed, self.trainer.global_step, batch_index, self.global_rank)
+        random_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def on_validation_epoch_start(self) -> None:
+        # each process has batch norm statistics of its own since the last update; the first one's are saved
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def log_score(self, name: str, value: Tensor, prog_bar: bool) -> None:
+        """Log a score that all processes have computed alike."""
+        self.log(f"val/{name}", value, prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
 
 
 class DetectionModule(DenseModule):
@@ -49,7 +87,7 @@ class DetectionModule(DenseModule):
     def __init__(self, model: nn.Module, backbone: nn.Module, args: argparse.Namespace) -> None:
         super().__init__(model, backbone, args)
         self.kinds = ("bbox", "segm") if args.head == "mask_rcnn" else ("bbox",)
-        self.average_precision = MeanAveragePrecision(iou_type=self.kinds)
+        self.average_precision = MeanAveragePrecision(iou_type=self.kinds, sync_on_compute=False)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> Tensor:
         losses = self.model(*batch)
@@ -64,23 +102,27 @@ class DetectionModule(DenseModule):
         for result in found:
             if "masks" in result:
                 result["masks"] = result["masks"][:, 0] > 0.5
-        self.average_precision.update(found, targets)
+        # on the CPU, where COCO's evaluation is done and where processes exchange objects
+        on_cpu = [[{name: value.cpu() for name, value in image.items()} for image in part] for part in (found, targets)]
+        self.average_precision.update(*on_cpu)
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            gather_images(self.average_precision, self.global_rank, self.trainer.world_size)
         scores = self.average_precision.compute()
         self.average_precision.reset()
         for kind in self.kinds:
             prefix = f"{kind}_" if len(self.kinds) > 1 else ""
             title = "mask" if kind == "segm" else "box"
             for key, name in (("map", "mAP"), ("map_50", "mAP50"), ("map_75", "mAP75")):
-                self.log(f"val/{title}_{name}", scores[prefix + key], prog_bar=key == "map")
+                self.log_score(f"{title}_{name}", scores[prefix + key], prog_bar=key == "map")
 
 
 class SegmentationModule(DenseModule):
-    """Cross-entropy of each pixel, mIoU over the whole validation set.
+    """Cross-entropy of each pixel or the model's own loss, mIoU over the whole validation set.
 
     Args:
-        model: Backbone and head.
+        model: Backbone and head; with a method `loss` of images and masks, or it gives logits of each pixel.
         backbone: The backbone in it.
         args: Arguments of train_dense.py.
     """
@@ -91,7 +133,10 @@ class SegmentationModule(DenseModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, masks = batch
-        loss = F.cross_entropy(self.model(images), masks, ignore_index=self.args.ignore_index)
+        if self.args.head == "mask2former":
+            loss = self.model.loss(images, masks)
+        else:
+            loss = F.cross_entropy(self.model(images), masks, ignore_index=self.args.ignore_index)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -100,5 +145,5 @@ class SegmentationModule(DenseModule):
         self.iou.update(predict_classes(self.model, image, tuple(mask.shape[-2:])), mask)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/mIoU", self.iou.compute(), prog_bar=True)
+        self.log_score("mIoU", self.iou.compute(), prog_bar=True)
         self.iou.reset()
