@@ -9,7 +9,17 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from torchvision.io import write_png
+from dense_data import (
+    BACKBONE,
+    SMALL,
+    SMALL_DETECTOR,
+    SMALL_MASK2FORMER,
+    boxes,
+    cityscapes,
+    masks,
+    write_cityscapes,
+    write_data,
+)
 from train_dense import create_trainer, main
 from train_dense_args import parse_args
 from train_dense_coco import CocoBoxes
@@ -17,57 +27,20 @@ from train_dense_masks import MaskFolders
 from train_dense_optim import rate_factor
 
 CONFIGS = sorted((Path(__file__).parents[2] / "scripts" / "configs" / "dense").glob("*.yaml"))
-BACKBONE = ["--backbone", "resnet18_fdconv", "--backbone-kwargs", "channels=(24,32,48,64)", "layers=(1,1,1,1)"]
-BACKBONE += ["num_bands=8"]
-SMALL = [*BACKBONE, "--batch-size", "2", "-j", "0", "--warmup-steps", "2", "--device", "cpu", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four images a split of 96 x 80 or 96 pixels, each with a red and a green square, as boxes, polygons and masks."""
-    root = tmp_path_factory.mktemp("coco")
-    generator = torch.Generator().manual_seed(0)
-    side = 30
-    for split in ("train", "val"):
-        (root / split).mkdir()
-        (root / f"{split}_masks").mkdir()
-        images, annotations = [], []
-        for number in range(4):
-            height, width = 96, 80 + 16 * (number % 2)
-            image = torch.randint(0, 60, (3, height, width), generator=generator, dtype=torch.uint8)
-            mask = torch.zeros(1, height, width, dtype=torch.uint8)
-            for color, category in enumerate((3, 7)):
-                x, y = int(torch.randint(0, width - side, (), generator=generator)), 8 + 44 * color
-                image[color, y : y + side, x : x + side] = 220
-                mask[:, y : y + side, x : x + side] = color + 1
-                corners = [x, y, x + side, y, x + side, y + side, x, y + side]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1, "image_id": number, "category_id": category, "iscrowd": 0,
-                        "bbox": [x, y, side, side], "area": side * side, "segmentation": [corners],
-                    }
-                )  # fmt: skip
-            write_png(image, str(root / split / f"{number}.png"))
-            write_png(mask, str(root / f"{split}_masks" / f"{number}.png"))
-            images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
-        categories = [{"id": 7, "name": "green"}, {"id": 3, "name": "red"}]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / f"{split}.json").write_text(json.dumps(content))
-    return root
+    """Four images a split, as boxes, polygons and masks."""
+    return write_data(tmp_path_factory.mktemp("coco"), train=4, val=4)
 
 
-def boxes(data):
-    options = ["--min-size", "96", "--max-size", "128"]
-    for split in ("train", "val"):
-        options += [f"--{split}-images", str(data / split), f"--{split}-annotations", str(data / f"{split}.json")]
-    return options
-
-
-def masks(data):
-    options = ["--num-classes", "3", "--scale-size", "96", "--crop-size", "64", "64"]
-    for split in ("train", "val"):
-        options += [f"--{split}-images", str(data / split), f"--{split}-masks", str(data / f"{split}_masks")]
-    return options
+@pytest.fixture(scope="module")
+def config_data(data, tmp_path_factory):
+    """Options that name small data for a config."""
+    folder = write_cityscapes(tmp_path_factory.mktemp("cityscapes"))
+    options = {"upernet": masks(data), "mask2former": cityscapes(folder)}
+    return lambda loaded: options.get(loaded["head"], boxes(data))
 
 
 def error_of(arguments):
@@ -88,7 +61,7 @@ def logged(output, key):
 
 def test_detector_trains_prints_map_and_goes_on(data, tmp_path, capsys):
     output = tmp_path / "run"
-    options = ["--head", "faster_rcnn", *SMALL, *boxes(data), "--output", str(output)]
+    options = ["--head", "faster_rcnn", *SMALL, *SMALL_DETECTOR, *boxes(data), "--output", str(output)]
     main(options)
     printed = capsys.readouterr()
     score = float(re.search(r"val/box_mAP (\S+),", printed.out)[1])
@@ -157,10 +130,9 @@ def test_other_heads_train(head, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_is_parsed_whole(config, data):
+def test_config_is_parsed_whole(config, config_data):
     loaded = yaml.safe_load(config.read_text())
-    data_options = masks(data) if loaded["head"] == "upernet" else boxes(data)
-    args = parse_args([*data_options, "--config", str(config)])
+    args = parse_args([*config_data(loaded), "--config", str(config)])
     overridden = {"num_classes", "scale_size", "crop_size", "min_size", "max_size"}
     for key, value in loaded.items():
         if key not in overridden:
@@ -169,12 +141,12 @@ def test_config_is_parsed_whole(config, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_runs_one_batch(config, data, tmp_path, capsys):
+def test_config_runs_one_batch(config, config_data, tmp_path, capsys):
     loaded = yaml.safe_load(config.read_text())
-    data_options = masks(data) if loaded["head"] == "upernet" else boxes(data)
     options = [*BACKBONE, "--no-pretrained", "-j", "0", "--device", "cpu", "--limit-batches", "1", "--epochs", "1"]
     options += ["--steps", "1"] if "steps" in loaded else []
-    main(["--config", str(config), *options, *data_options, "--output", str(tmp_path)])
+    options += SMALL_MASK2FORMER if loaded["head"] == "mask2former" else []
+    main(["--config", str(config), *options, *config_data(loaded), "--output", str(tmp_path)])
     assert "val/" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
@@ -257,7 +229,7 @@ def test_broken_image_is_one_line(data, tmp_path):
 def test_mask_of_an_unknown_class_is_refused(data):
     options = {
         "ignore_index": 255, "mean": (0.5,) * 3, "std": (0.5,) * 3, "scale_size": 96, "crop_size": None,
-        "scale": (1.0, 1.0),
+        "scale": (1.0, 1.0), "image_suffix": "", "mask_suffix": ".png", "mask_values": [],
     }  # fmt: skip
     folders = data / "val", data / "val_masks"
     with pytest.raises(ValueError, match=r"has classes \[2\], allowed are 0 to 1 and 255"):
@@ -267,9 +239,11 @@ def test_mask_of_an_unknown_class_is_refused(data):
 
 
 def test_missing_masks_are_one_line(data, tmp_path):
-    (tmp_path / "masks").mkdir()
-    options = ["--head", "upernet", *SMALL, *masks(data), "--train-masks", str(tmp_path / "masks")]
-    assert "4 of 4 images have no mask of the same name" in error_of([*options, "--output", str(tmp_path / "run")])
+    empty = tmp_path / "masks"
+    empty.mkdir()
+    options = ["--head", "upernet", *SMALL, *masks(data), "--train-masks", str(empty)]
+    message = error_of([*options, "--output", str(tmp_path / "run")])
+    assert f"4 of 4 images in {data / 'train'} have no mask: {empty / '0.png'} of" in message
 
 
 def test_missing_options_are_named(data, capsys):

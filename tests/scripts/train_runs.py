@@ -1,4 +1,4 @@
-"""Real runs of scripts/train.py, for the tests that start, stop and kill them."""
+"""Real runs of scripts/train.py and train_dense.py, for the tests that start, stop and kill them."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -30,28 +31,31 @@ def photo_folder(root: Path) -> Path:
     return root
 
 
-def command(*args: object, processes: int = 1) -> list[str]:
+def command(*args: object, processes: int = 1, script: Path = SCRIPTS / "train.py") -> list[str]:
     """The command line of a run, under torchrun where it has several processes."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, str(SCRIPTS / "train.py"), *map(str, args)]
+    return [*start, str(script), *map(str, args)]
 
 
-def run(*args: object, processes: int = 1, expect: int = 0) -> str:
-    """Run to the end and return what it printed, after checking its exit code."""
+def run(*args: object, expect: int = 0, **options: Any) -> str:
+    """Run to the end and return what it printed, after checking its exit code; ``options`` as for ``command``."""
     done = subprocess.run(
-        command(*args, processes=processes),
+        command(*args, **options),
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout
     return done.stdout
 
 
-def run_until(line: str, signum: int, *args: object, processes: int = 1) -> tuple[int, str]:
-    """Start a run, send it a signal when it prints ``line``; returns the exit code and the output."""
+def run_until(line: str, signum: int, *args: object, **options: Any) -> tuple[int, str]:
+    """Start a run, send it a signal when it prints ``line``; returns the exit code and the output.
+
+    ``options`` as for ``command``.
+    """
     process = subprocess.Popen(
-        command(*args, processes=processes),
+        command(*args, **options),
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     output = []

@@ -1,0 +1,150 @@
+"""scripts/train_dense.py in processes of its own: two at once, killed, told to stop, and gone on with."""
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import train_dense
+from dense_data import SMALL, SMALL_DETECTOR, SMALL_MASK2FORMER, boxes, masks, write_data
+from train_dense_args import parse_args
+from train_dense_resume import EpochSampler, read_progress
+from train_runs import SCRIPTS, run, run_until
+
+SCRIPT = SCRIPTS / "train_dense.py"
+HEADS = {
+    "upernet": ["--head", "upernet", "--lr", "0.1"],
+    "mask2former": ["--head", "mask2former", *SMALL_MASK2FORMER],
+    "faster_rcnn": ["--head", "faster_rcnn", *SMALL_DETECTOR, "--lr", "0.005"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five images for validation: two processes have three and two of them."""
+    return write_data(tmp_path_factory.mktemp("dense"), train=6, val=5)
+
+
+def options(head, data, output):
+    kind = boxes if head == "faster_rcnn" else masks
+    return [*HEADS[head], *SMALL, *kind(data), "--output", str(output)]
+
+
+def scores(output):
+    """The scores of the last validation."""
+    with (output / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name.startswith("val/")]
+    return [{name: float(row[name]) for name in names} for row in rows if row[names[0]]][-1]
+
+
+def scores_of_one_process(output):
+    """The scores of the last checkpoint, validated here."""
+    args = parse_args(["--config", str(output / "args.yaml"), "--output", str(output / "again")])
+    sets = train_dense.create_datasets(args)
+    module = train_dense.create_module(args, sets[0], resumed=True)
+    module.load_state_dict(torch.load(output / "last.ckpt", weights_only=True)["state_dict"])
+    loader = train_dense.create_loaders(args, *sets, epoch=0)[1]
+    return dict(train_dense.create_trainer(args).validate(module, loader, verbose=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("head", "epochs"),
+    [
+        ("upernet", 2),
+        pytest.param("faster_rcnn", 8, marks=pytest.mark.slow),
+        pytest.param("mask2former", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_have_the_same_weights_and_the_score_of_one(head, epochs, data, tmp_path):
+    script = Path(__file__).with_name("dense_ranks.py")
+    run(*options(head, data, tmp_path), "--epochs", epochs, "--val-interval", epochs, processes=2, script=script)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert [name for name, value in first.items() if not value.equal(second[name])] == []
+    together = scores(tmp_path)
+    assert together["val/box_mAP50" if head == "faster_rcnn" else "val/mIoU"] > 0
+    assert scores_of_one_process(tmp_path) == together
+
+
+def assert_same_checkpoints(one, other):
+    first, second = (torch.load(output / "last.ckpt", weights_only=True) for output in (one, other))
+    assert (first["epoch"], first["global_step"]) == (second["epoch"], second["global_step"])
+    different = [name for name, value in first["state_dict"].items() if not value.equal(second["state_dict"][name])]
+    assert different == []
+
+
+@pytest.mark.parametrize(
+    ("head", "signum", "more"),
+    [
+        ("mask2former", signal.SIGKILL, ["--epochs", "3"]),
+        # neither the epochs nor the intervals of validation end with the run, nor is the killed epoch validated
+        pytest.param("mask2former", signal.SIGKILL, ["--steps", "8", "--val-interval", "2"], marks=pytest.mark.slow),
+        pytest.param("faster_rcnn", signal.SIGKILL, ["--epochs", "3", "-j", "1"], marks=pytest.mark.slow),
+        pytest.param("upernet", signal.SIGTERM, ["--epochs", "3", "-j", "1"], marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_run_ends_as_an_uninterrupted_one(head, signum, more, data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_dense.main([*options(head, data, whole), *more])
+    code, output = run_until("Epoch 1:  33%", signum, *options(head, data, cut), *more, script=SCRIPT)
+    assert read_progress(cut / "last.ckpt") == (1, 3)
+    if signum == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 128 + signum
+        assert f"stopped by SIGTERM; go on with --resume, after the last whole epoch, from {cut}" in output
+    train_dense.main([*options(head, data, cut), *more, "--resume"])
+    assert_same_checkpoints(whole, cut)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_by_sigterm_and_go_on_exactly(data, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ["--epochs", "3", "--batch-size", "1", "--freeze-bn"]
+    run(*options("mask2former", data, whole), *more, processes=2, script=SCRIPT)
+    start = [*options("mask2former", data, cut), *more]
+    code, output = run_until("Epoch 1:  33%", signal.SIGTERM, *start, processes=2, script=SCRIPT)
+    assert code != 0
+    assert "stopped by SIGTERM" in output
+    assert read_progress(cut / "last.ckpt") == (1, 3)
+    run(*start, "--resume", processes=2, script=SCRIPT)
+    assert_same_checkpoints(whole, cut)
+
+
+def test_resume_of_a_finished_run_changes_nothing(data, tmp_path, capsys):
+    start = [*options("upernet", data, tmp_path), "--steps", "2"]
+    train_dense.main(start)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    train_dense.main([*start, "--resume"])
+    assert "last.ckpt is the end of the run: 1 epochs, 2 updates" in capsys.readouterr().err
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_broken_checkpoint_is_one_line(data, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit) as exit:
+        train_dense.main([*options("upernet", data, tmp_path), "--resume"])
+    message = str(exit.value.code)
+    assert message.startswith(f"train_dense.py: error: can't resume from {tmp_path / 'last.ckpt'}: it is no whole")
+    assert "\n" not in message
+
+
+def test_samples_of_an_epoch_are_the_same_for_any_number_of_processes():
+    def keys(epoch, world):
+        samplers = [EpochSampler(range(7), world, rank, shuffle=True, seed=5, drop_last=True) for rank in range(world)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return sorted((key for sampler in samplers for key in sampler), key=lambda key: key.position)
+
+    assert [key.position for key in keys(3, 1)] == list(range(7))
+    assert keys(3, 2) == keys(3, 1)[:6]
+    assert {key.epoch for key in keys(3, 2)} == {3}
+    assert [key.index for key in keys(4, 1)] != [key.index for key in keys(3, 1)]
+
+
+def test_fewer_images_for_validation_than_processes_are_refused(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    args = parse_args([*options("upernet", data, "unused"), "--batch-size", "1"])
+    with pytest.raises(ValueError, match="5 images for validation are fewer than 6 processes"):
+        train_dense.create_loaders(args, *train_dense.create_datasets(args), epoch=0)
