@@ -23,6 +23,8 @@ from .functional import is_exporting
 
 # Cutoffs are fractions, so that what they keep is counted in integers.
 MAX_DENOMINATOR = 1 << 30
+# Up to this many places a map's bands are gated by one matrix; low-passes of small maps are many tiny products.
+MATRIX_PLACES = 256
 
 
 def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
@@ -70,24 +72,30 @@ def low_pass(x: Tensor, cutoff: float) -> Tensor:
     return bases[0] @ (bases[0].mT @ x @ bases[1]) @ bases[1].mT
 
 
+def map_bases(x: Tensor, cutoff: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Fourier bases of the rows and of the columns of maps (B, C, H, W), for the widest cutoff."""
+    height, width = x.shape[2], x.shape[3]
+    # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
+    rows = fourier_basis(height, num_kept(height, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
+    # In this order: a comparison of sizes would be a condition on every exported program.
+    if not torch.jit.is_tracing() and not is_exporting() and height == width:
+        return rows, rows
+    return rows, fourier_basis(width, num_kept(width, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
+
+
 def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
     """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first."""
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
-    rows = fourier_basis(height, num_kept(height, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
-    # In this order: a comparison of sizes would be a condition on every exported program.
-    if not torch.jit.is_tracing() and not is_exporting() and height == width:
-        columns = rows
-    else:
-        columns = fourier_basis(width, num_kept(width, cutoffs[0][0], cutoffs[0][1]) + 2, x.device, x.dtype)
+    rows, columns = map_bases(x, cutoffs[0])
     # Batched products of 3-D tensors: torch.matmul would copy the basis for every channel.
     maps = x.reshape(batch * channels, height, width)
-    analysis = torch.matmul(maps, columns).transpose(1, 2).matmul(rows).transpose(1, 2)
+    analysis = torch.matmul(torch.matmul(maps, columns).transpose(1, 2), rows)
     outputs: list[Tensor] = []
     for numerator, denominator in cutoffs:
         h, w = num_kept(height, numerator, denominator), num_kept(width, numerator, denominator)
-        half = torch.matmul(analysis[:, :h, :w], columns[:, :w].t())
-        low = half.transpose(1, 2).matmul(rows[:, :h].t()).transpose(1, 2)
+        half = torch.matmul(analysis[:, :w, :h], rows[:, :h].t())
+        # The columns last: the maps then lie in memory as the input does.
+        low = torch.matmul(half.transpose(1, 2), columns[:, :w].t())
         outputs.append(low.view(batch, channels, height, width))
     return outputs
 
@@ -110,6 +118,39 @@ def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -
     return outputs
 
 
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3 convolution of x (B, C, H, W) with few filters (n, C, 3, 3): one matrix product, then sums of shifted maps.
+
+    A convolution kernel works on blocks of filters, most of which would be empty.
+
+    Returns:
+        Logits (B, n, H, W).
+    """
+    size = [x.shape[2], x.shape[3]]
+    # fold is the adjoint of a convolution's patches, so the kernel is turned round.
+    maps = torch.matmul(weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2), x.flatten(2))
+    return F.fold(maps, size, [3, 3], padding=[1, 1]) + bias[:, None, None]
+
+
+def gate_by_matrix(x: Tensor, gate: Tensor, steps: Tensor, cutoffs: list[tuple[int, int]]) -> Tensor:
+    """Gates the bands of a small map by one matrix (HW, HW), the sum of the low-passes times their gates' steps.
+
+    Args:
+        x: Feature map (B, C, H, W).
+        gate: Gate of the highest band (B, 1, H, W).
+        steps: Gate of the next lower band less that of each band (B, n, H, W).
+        cutoffs: As for :func:`low_passes`.
+    """
+    height, width = x.shape[2], x.shape[3]
+    rows, columns = map_bases(x, cutoffs[0])
+    matrix = torch.diag_embed(gate.flatten(1))
+    for i, (numerator, denominator) in enumerate(cutoffs):
+        h, w = num_kept(height, numerator, denominator), num_kept(width, numerator, denominator)
+        low = torch.kron(rows[:, :h] @ rows[:, :h].t(), columns[:, :w] @ columns[:, :w].t())
+        matrix = torch.addcmul(matrix, steps[:, i].flatten(1).unsqueeze(1), low)
+    return torch.matmul(x.flatten(2), matrix).view_as(x)
+
+
 def modulate_bands(
     x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
 ) -> Tensor:
@@ -126,18 +167,17 @@ def modulate_bands(
         Modulated map (B, C, H, W), dtype of `x`.
     """
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    gates = 2 * torch.sigmoid(F.conv2d(exact, weight.to(exact.dtype), bias.to(exact.dtype), padding=1))
-    if mask_grid is None:
-        lows = low_passes(exact, cutoffs)
-    else:
-        lows = grid_low_passes(exact, cutoffs, mask_grid)
+    eager = not torch.jit.is_tracing() and not is_exporting()
+    weight, bias = weight.to(exact.dtype), bias.to(exact.dtype)
+    gates = 2 * torch.sigmoid(gate_logits(exact, weight, bias) if eager else F.conv2d(exact, weight, bias, padding=1))
     # sum_i A_i (low_{i-1} - low_i) + low_last, with one product for each low-pass instead of two.
-    bands = gates.shape[1]
+    steps = torch.cat([gates[:, 1:], torch.ones_like(gates[:, :1])], dim=1) - gates
+    if mask_grid is None and eager and x.shape[2] * x.shape[3] <= MATRIX_PLACES:
+        return gate_by_matrix(exact, gates[:, :1], steps, cutoffs).to(x.dtype)
+    lows = low_passes(exact, cutoffs) if mask_grid is None else grid_low_passes(exact, cutoffs, mask_grid)
     modulated = gates[:, :1] * exact
     for i, low in enumerate(lows):
-        above = gates[:, i : i + 1]
-        below = gates[:, i + 1 : i + 2] if i + 1 < bands else torch.ones_like(above)
-        modulated = torch.addcmul(modulated, below - above, low)
+        modulated = torch.addcmul(modulated, steps[:, i : i + 1], low)
     return modulated.to(x.dtype)
 
 
