@@ -8,6 +8,7 @@ function in traceable form, the reference for this one, is :func:`~fdconv_zoo.la
 torch.compile takes this one as an operator of its own and fuses what is around it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +17,15 @@ from torch import Tensor
 from .functional import element_gated, pad, without_autocast
 from .sample_conv import Geometry, SampleConv
 from .sample_weight import Inputs, SampleWeight
-from .transform import adjoint_columns, adjoint_rows, transform
+from .transform import adjoint, transform
 
 # Weight elements of one chunk. On a CPU the chunk should stay in the cache; on a GPU it should fill the device.
 CPU_CHUNK = 1 << 18
 GPU_CHUNK = 1 << 26
 # Largest bank of group weights (num_bands x weight) that is mixed instead of transforming each sample's spectrum.
 BANK_LIMIT = 1 << 22
-# Below this many output places, reordering fresh weights for a convolution kernel costs more than a matrix product.
-MATMUL_PLACES = 128
-# Stacking the input for a kernel's rows is cheaper than permuting the weight, element for element.
-STACKING_GAIN = 4
+# Below this many output places, a matrix product costs less than a convolution of weights that are new every time.
+MATMUL_PLACES = 1024
 
 # glibc gives a freed block back to the system where it is larger than the largest one freed before, 32 MiB at most, and
 # the next weight is then made of fresh pages: a quarter of the time of a ResNet-50 on a CPU. This one is never touched.
@@ -61,14 +60,12 @@ class Plan(NamedTuple):
         x, (batch, num_bands) = inputs.x, inputs.bands.shape
         elements = gain_index.shape[0] * x.shape[1] * kernel_size[1]
         chunk = max(1, (GPU_CHUNK if x.is_cuda else CPU_CHUNK) // elements)
-        by_groups, stack_rows = kernel_size != (1, 1), False
-        if by_groups and not x.is_cuda:
-            height, width = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-            stacked = kernel_size[0] * x.shape[1] * height * x.shape[3]
-            stack_rows = chunk == 1 and stride[1] == 1 and stacked < STACKING_GAIN * elements
-            by_groups = stack_rows or height * width >= MATMUL_PLACES
+        chunk = math.ceil(batch / math.ceil(batch / chunk))  # chunks of one size
+        places = math.prod(output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+        by_groups = kernel_size != (1, 1) and (x.is_cuda or places >= MATMUL_PLACES)
+        gate_input = not by_groups and x.dtype == inputs.spectrum.dtype and places * kernel_size[0] <= len(gain_index)
         use_bank = batch > num_bands and num_bands * elements <= BANK_LIMIT
-        geometry = Geometry(kernel_size, stride, padding, dilation, by_groups, stack_rows, channels_last)
+        geometry = Geometry(kernel_size, stride, padding, dilation, by_groups, gate_input, channels_last)
         return cls(geometry, chunk, use_bank)
 
 
@@ -127,10 +124,10 @@ def forward_pass(
         kernels = weight.gated
         if keep:
             weights.append(weight)
+        if not geometry.gate_input:
             kernels = element_gated(kernels, part.element)
-        SampleConv(part.x, geometry).forward(kernels.to(part.x.dtype), out)
-        if part.scale is not None:
-            out.mul_(part.scale.to(out.dtype)[:, :, None, None])
+        scale = None if part.scale is None else part.scale.to(out.dtype)
+        SampleConv(part.x, part.element, geometry).forward(kernels.to(out.dtype), scale, out)
     return output, weights
 
 
@@ -168,20 +165,22 @@ def backward_pass(
     grads: dict[str, list[Tensor]] = {name: [] for name in Inputs._fields[:5]}
     for i, (part, grad_out) in enumerate(zip(inputs.chunks(plan.chunk), grad.split(plan.chunk), strict=True)):
         weight = weights[i] if weights else SampleWeight.make(part, bank, gain_index, columns, keep=True)
-        convolution = SampleConv(part.x, plan.geometry)
+        convolution = SampleConv(part.x, part.element, plan.geometry)
         grad_weight = convolution.grad_weight(grad_out, len(gain_index)).to(spectrum.dtype)
-        if need_x:
+        grad_element = None
+        if need_x or plan.geometry.gate_input:
             if part.scale is not None:
                 grad_out = grad_out * part.scale.to(grad_out.dtype)[:, :, None, None]
-            kernels = element_gated(weight.gated, part.element).to(part.x.dtype)
-            grads["x"].append(convolution.grad_input(grad_out, kernels))
+            kernels = weight.gated if plan.geometry.gate_input else element_gated(weight.gated, part.element)
+            grad_x, grad_element = convolution.grad_input(grad_out, kernels.to(part.x.dtype))
+            grads["x"].append(grad_x)
         grad_source = grad_spectrum if bank is None else grad_bank
-        parts = weight.backward(grad_weight, part, bank, gain_index, kw, grad_source, grad_filters)
+        parts = weight.backward(grad_weight, grad_element, part, bank, gain_index, kw, grad_source, grad_filters)
         for name, value in zip(Inputs._fields[1:5], parts, strict=True):
             if value is not None:
                 grads[name].append(value)
     if grad_bank is not None:
-        adjoint_rows(adjoint_columns(grad_bank), spectrum, bank_gains(inputs), gain_index, grad_spectrum)
+        adjoint(grad_bank, spectrum, bank_gains(inputs), gain_index, grad_spectrum)
     return Inputs(
         *(join(parts) if parts else None for parts in grads.values()),
         grad_spectrum,
@@ -251,7 +250,8 @@ def eager_conv2d(
     if inputs.x.numel() == 0:
         # Nothing to convolve, but still a function of the input and the weight, as nn.Conv2d's output is.
         nothing = inputs.x.sum() + inputs.spectrum.sum().to(inputs.x.dtype)
-        return nothing.expand(len(inputs.x), gain_index.shape[0] // kernel_size[0], max(height, 0), max(width, 0))
+        shape = (len(inputs.x), gain_index.shape[0] // kernel_size[0], max(height, 0), max(width, 0))
+        return nothing + inputs.x.new_zeros(shape)
     if min(height, width) < 1:
         raise ValueError(f"input of {size[0]}, {size[1]} pixels with padding {pads} is less than kernel {kernel_size}")
     if torch.compiler.is_compiling():

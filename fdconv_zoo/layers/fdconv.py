@@ -140,19 +140,20 @@ class _FDLayer(nn.Module):
                 element = (gates[3].view(-1, kh, 1, kw) * element[:, None, :, None]).flatten(1)
         if self.fbm is not None:
             x = self.fbm(x, self.recompute)
+        bias = None if self.bias is None else self.bias[:, None, None]
         if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
             out = dynamic_conv2d(
                 x, gates[0], element, scale, local_input, spectrum, local_weight, self.fdw.gain_index,
                 self.kernel_shape, self.stride, self.pads, self.dilation,
             )  # fmt: skip
+            return out if bias is None else out + bias.to(out.dtype)
         else:
             inputs = Inputs(x, gates[0], element, scale, local_input, spectrum, local_weight)
             out = eager_conv2d(
                 inputs, self.fdw.gain_index, self.kernel_shape, self.stride, self.pads, self.dilation, channels_last,
                 self.recompute,
             )  # fmt: skip
-        bias = self.bias
-        return out if bias is None else out + bias.to(out.dtype)[:, None, None]
+            return out if bias is None else out.add_(bias.to(out.dtype))
 
 
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs

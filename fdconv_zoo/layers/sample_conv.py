@@ -22,8 +22,7 @@ class Geometry:
         padding: Zeros above and below, and left and right.
         dilation: Vertical and horizontal dilation.
         by_groups: Convolve by one grouped convolution instead of a matrix product.
-        stack_rows: The kernel's rows become channels of a (1, kw) convolution, whose kernels are the weight matrix as
-            it lies in memory.
+        gate_input: Apply the element gate to the input's patches, where they are fewer than the weights.
         channels_last: Memory format of the output.
     """
 
@@ -32,107 +31,114 @@ class Geometry:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     by_groups: bool
-    stack_rows: bool
+    gate_input: bool
     channels_last: bool
 
 
 class SampleConv:
-    """Convolves the samples of a chunk with weights of their own, in the layout of the weight matrix."""
+    """Convolves the samples of a chunk with weights of their own, in the layout of the weight matrix.
 
-    def __init__(self, x: Tensor, geometry: Geometry) -> None:
+    Args:
+        x: Input (B, Cin, H, W).
+        element: Element gate (B, kh*Cin*kw) in the dtype of `x`, used where the input is gated, or None.
+        geometry: Geometry of the convolution.
+    """
+
+    def __init__(self, x: Tensor, element: Tensor | None, geometry: Geometry) -> None:
         self.x, self.geometry = x, geometry
-        (kh, kw), (top, left) = geometry.kernel_size, geometry.padding
-        self.maps = self.patches = None
-        self.arguments = geometry.stride, geometry.padding, geometry.dilation
-        if geometry.stack_rows:
-            self.maps = unfold(pad(x, (0, 0, top, top)), (kh, 1), (geometry.stride[0], 1), geometry.dilation)
-            self.size = self.maps.shape[-2:]
-            self.maps = self.maps.view(len(x), -1, *self.size)
-            self.arguments = (1, geometry.stride[1]), (0, left), (1, geometry.dilation[1])
-        elif geometry.by_groups:
-            self.maps = x
+        self.element = element if geometry.gate_input else None
+        self.patches = self.operand = None
+        if geometry.by_groups:
+            return
+        if geometry.kernel_size == (1, 1) and geometry.padding == (0, 0):
+            patches = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
         else:
-            if (kh, kw) == (1, 1) and geometry.padding == (0, 0):
-                patches = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-            else:
-                patches = unfold(
-                    pad(x, (left, left, top, top)), geometry.kernel_size, geometry.stride, geometry.dilation
-                )
-            self.size = patches.shape[-2:]
-            self.patches = patches.reshape(len(x), -1, patches.shape[-2] * patches.shape[-1])
+            top, left = geometry.padding
+            patches = unfold(pad(x, (left, left, top, top)), geometry.kernel_size, geometry.stride, geometry.dilation)
+        self.size = patches.shape[-2:]
+        self.patches = patches.reshape(len(x), -1, patches.shape[-2] * patches.shape[-1])
+        self.operand = self.patches if self.element is None else self.patches * self.element[:, :, None]
+
+    def _groups(self, maps: Tensor) -> Tensor:
+        """Maps (B, C, H, W) as the groups of one sample."""
+        return maps.reshape(1, -1, *maps.shape[2:])
 
     def _kernels(self, weight: Tensor) -> Tensor:
         kh, kw = self.geometry.kernel_size
         kernels = weight.view(len(weight), -1, kh, weight.shape[2] // kw, kw)
-        if self.geometry.stack_rows:
-            return kernels.view(-1, kh * kernels.shape[3], 1, kw)
         return torch.stack(kernels.unbind(2), dim=3).flatten(0, 1)
 
-    def forward(self, weight: Tensor, out: Tensor) -> None:
-        """Convolves with weight matrices (B, R, C) and writes the output (B, Cout, Hout, Wout) to `out`."""
+    def _gradients(self, grad: Tensor, kernels: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """Gradients of input and kernels of the grouped convolution, as far as they are wanted."""
+        return torch.ops.aten.convolution_backward(
+            self._groups(grad), self._groups(self.x), kernels, None, self.geometry.stride, self.geometry.padding,
+            self.geometry.dilation, False, (0, 0), len(self.x), (*wanted, False),
+        )[:2]  # fmt: skip
+
+    def forward(self, weight: Tensor, scale: Tensor | None, out: Tensor) -> None:
+        """Convolves and scales.
+
+        Args:
+            weight: Weight matrices (B, R, C).
+            scale: Factor of each filter (B, Cout), or None.
+            out: Takes the output (B, Cout, Hout, Wout).
+        """
         batch = len(self.x)
-        if self.maps is not None:
-            maps = self.maps.reshape(1, -1, *self.maps.shape[2:])
-            out.copy_(F.conv2d(maps, self._kernels(weight), None, *self.arguments, groups=batch).view_as(out))
+        if self.operand is None:
+            arguments = self.geometry.stride, self.geometry.padding, self.geometry.dilation
+            result = F.conv2d(self._groups(self.x), self._kernels(weight), None, *arguments, groups=batch).view_as(out)
+            if scale is None:
+                out.copy_(result)
+            else:
+                torch.mul(result, scale[:, :, None, None], out=out)
             return
-        kernels, places = weight.view(batch, -1, self.patches.shape[1]), out.flatten(2)
+        kernels, places = weight.view(batch, -1, self.operand.shape[1]), out.flatten(2)
+        scale_weight = scale is not None and kernels.shape[2] < places.shape[2]
+        if scale_weight:
+            kernels = kernels * scale[:, :, None]
         if self.geometry.channels_last:
-            torch.bmm(self.patches.mT, kernels.mT, out=places.mT)
+            torch.bmm(self.operand.mT, kernels.mT, out=places.mT)
         else:
-            torch.bmm(kernels, self.patches, out=places)
+            torch.bmm(kernels, self.operand, out=places)
+        if scale is not None and not scale_weight:
+            places.mul_(scale[:, :, None])
 
     def grad_weight(self, grad: Tensor, rows: int) -> Tensor:
         """Gradient of the weight matrices (B, R, C), given R and that of the output."""
         batch, (kh, kw) = len(self.x), self.geometry.kernel_size
-        if self.maps is not None:
-            height = 1 if self.geometry.stack_rows else kh
-            shape = (batch * rows // kh, self.maps.shape[1], height, kw)
-            kernels = torch.ops.aten.convolution_backward(
-                grad.reshape(1, -1, *grad.shape[2:]), self.maps.reshape(1, -1, *self.maps.shape[2:]),
-                grad.new_empty(1).expand(shape), None, *self.arguments, False, (0, 0), batch, (False, True, False),
-            )[1]  # fmt: skip
+        if self.operand is None:
+            shape = (batch * rows // kh, self.x.shape[1], kh, kw)
+            kernels = self._gradients(grad, grad.new_empty(1).expand(shape), (False, True))[1]
             return kernels.view(batch, -1, *shape[1:]).transpose(2, 3).reshape(batch, rows, -1)
-        return torch.bmm(grad.flatten(2), self.patches.mT).view(batch, rows, -1)
+        return torch.bmm(grad.flatten(2), self.operand.mT).view(batch, rows, -1)
 
-    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of the input (B, Cin, H, W), given that of the output."""
-        batch = len(self.x)
-        if self.maps is not None:
-            maps = self.maps.reshape(1, -1, *self.maps.shape[2:])
-            out = torch.ops.aten.convolution_backward(
-                grad.reshape(1, -1, *grad.shape[2:]), maps, self._kernels(weight),
-                None, *self.arguments, False, (0, 0), batch, (True, False, False),
-            )[0]  # fmt: skip
-            return self._fold(out, 1, 1, 0) if self.geometry.stack_rows else out.view_as(self.x)
-        kernels = weight.view(batch, -1, self.patches.shape[1])
+    def grad_input(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the input (B, Cin, H, W) and of its gate, if it has one, given that of the output."""
+        if self.operand is None:
+            return self._gradients(grad, self._kernels(weight), (True, False))[0].view_as(self.x), None
+        kernels = weight.view(len(weight), -1, self.operand.shape[1])
         if self.geometry.channels_last:
             patches = torch.bmm(grad.flatten(2).mT, kernels).mT
         else:
             patches = torch.bmm(kernels.mT, grad.flatten(2))
-        (_, kw), (_, left) = self.geometry.kernel_size, self.geometry.padding
-        return self._fold(patches, kw, self.geometry.stride[1], left)
+        if self.element is None:
+            return self._fold(patches), None
+        return self._fold(patches * self.element[:, :, None]), (patches * self.patches).sum(2)
 
-    def _fold(self, patches: Tensor, kernel_width: int, stride: int, padding: int) -> Tensor:
-        """Adjoint of taking patches: sums (B, kh*Cin*kw, Hout, Wout) into (B, Cin, H, W).
-
-        Args:
-            patches: Gradient of the patches.
-            kernel_width: Columns of the kernel that patches were taken of: kw, or 1 for stacked rows.
-            stride: Horizontal stride of the patches.
-            padding: Horizontal padding of the map.
-        """
-        geometry, (height, width), kh = self.geometry, self.size, self.geometry.kernel_size[0]
-        top, channels = geometry.padding[0], self.x.shape[1]
-        if (kh, kernel_width) == (1, 1) and (geometry.stride[0], stride, top, padding) == (1, 1, 0, 0):
+    def _fold(self, patches: Tensor) -> Tensor:
+        """Adjoint of taking patches: sums (B, kh*Cin*kw, Hout*Wout) into (B, Cin, H, W)."""
+        (kh, kw), (top, left), stride = self.geometry.kernel_size, self.geometry.padding, self.geometry.stride
+        height, width = self.size
+        if (kh, kw, top, left, *stride) == (1, 1, 0, 0, 1, 1):
             return patches.unflatten(2, self.size)
-        patches = patches.reshape(len(self.x), kh, channels, kernel_width, height, width)
-        shape = (len(self.x), channels, self.x.shape[2] + 2 * top, self.x.shape[3] + 2 * padding)
+        patches = patches.reshape(len(self.x), kh, -1, kw, height, width)
+        shape = (*self.x.shape[:2], self.x.shape[2] + 2 * top, self.x.shape[3] + 2 * left)
         out = patches.new_zeros(shape)
         for i in range(kh):
-            start = i * geometry.dilation[0]
-            rows = slice(start, start + (height - 1) * geometry.stride[0] + 1, geometry.stride[0])
-            for j in range(kernel_width):
-                start = j * geometry.dilation[1]
-                places = slice(start, start + (width - 1) * stride + 1, stride)
+            start = i * self.geometry.dilation[0]
+            rows = slice(start, start + (height - 1) * stride[0] + 1, stride[0])
+            for j in range(kw):
+                start = j * self.geometry.dilation[1]
+                places = slice(start, start + (width - 1) * stride[1] + 1, stride[1])
                 out[:, :, rows, places] += patches[:, i, :, j]
-        return out[:, :, top : shape[2] - top, padding : shape[3] - padding]
+        return out[:, :, top : shape[2] - top, left : shape[3] - left]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ksm import channel_taps, channel_taps_adjoint
-from .transform import adjoint_columns, adjoint_rows, row_blocks, transform_columns, transform_rows
+from .transform import adjoint, row_blocks, transform
 
 
 class Inputs(NamedTuple):
@@ -52,8 +52,7 @@ class SampleWeight:
     """The weights of a chunk of samples, and what the backward pass needs of the forward pass that made them.
 
     Attributes:
-        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2, and times the element gate
-            where the dense gate is not kept.
+        gated: FDW's weight matrices (B, R, C) times the dense gate without its factor of 2.
         gate: The dense gate, kept for the backward pass, or None.
         taps: Its taps (B, kw*t, Cin*kw), or None.
     """
@@ -71,41 +70,29 @@ class SampleWeight:
             bank: Weight matrix of each group (n, R, C) to mix instead of transforming the spectrum, or None.
             gain_index: int32 map (R, C//2+1) of the coefficients' groups.
             columns: C.
-            keep: Keeps what the backward pass needs; otherwise the element gate is applied too.
+            keep: Keeps what the backward pass needs.
         """
         bands, element, batch = inputs.bands, inputs.element, len(inputs.bands)
-        taps = gate = None
-        kernel_height = 1
-        if inputs.local_weight is not None:
-            taps = channel_taps(
-                inputs.local_input, inputs.local_weight.shape[2], columns // inputs.local_input.shape[1]
-            )
-            filters = filters_of(inputs.local_weight, len(gain_index), batch)
-            kernel_height = element.shape[1] // columns
         if bank is None:
-            lines = transform_rows(inputs.spectrum, bands, gain_index)
-        gated = inputs.spectrum.new_empty(batch, len(gain_index), columns)
-        if keep and taps is not None:
-            gate = torch.empty_like(gated)
-        for block in row_blocks(gated, kernel_height):
-            if bank is None:
-                plain = transform_columns(lines[:, block], columns)
-            else:
-                plain = (bands @ bank[:, block].flatten(1)).view(batch, -1, columns)
-            if taps is None:
-                gated[:, block] = plain
-                continue
+            gated = transform(inputs.spectrum, bands, gain_index, columns)
+        else:
+            gated = (bands @ bank.flatten(1)).view(batch, -1, columns)
+        if inputs.local_weight is None:
+            return cls(gated, None, None)
+        taps = channel_taps(inputs.local_input, inputs.local_weight.shape[2], columns // inputs.local_input.shape[1])
+        filters = filters_of(inputs.local_weight, len(gain_index), batch)
+        gate = torch.empty_like(gated) if keep else None
+        for block in row_blocks(gated, element.shape[1] // columns):
             part = torch.bmm(filters[:, block], taps).sigmoid_()
+            gated[:, block] *= part
             if keep:
                 gate[:, block] = part
-            else:
-                part.view(batch, -1, element.shape[1]).mul_(element[:, None])
-            torch.mul(part, plain, out=gated[:, block])
         return cls(gated, gate, taps)
 
     def backward(
         self,
         grad: Tensor,
+        grad_element: Tensor | None,
         inputs: Inputs,
         bank: Tensor | None,
         gain_index: Tensor,
@@ -116,8 +103,8 @@ class SampleWeight:
         """Gradients of bands, element gate, scale and local input; the other two are added in place.
 
         Args:
-            grad: Gradient (B, R, C) of the weight that convolves, scale[o] * gated[o, k] * element[k], over scale and
-                element.
+            grad: Gradient (B, R, C) of the weight that convolves, over the scale. It is used up.
+            grad_element: Gradient of the element gate where it gated the input, or None: it gated the weight.
             inputs: As for :meth:`make`.
             bank: As for :meth:`make`.
             gain_index: As for :meth:`make`.
@@ -125,40 +112,42 @@ class SampleWeight:
             grad_source: Gradient of the spectrum or the bank to add to, or None.
             grad_filters: Gradient of the local weight to add to, as (R, kw*t), or None.
         """
-        bands, element, scale, spectrum = inputs.bands, inputs.element, inputs.scale, inputs.spectrum
-        batch, kernel_height = len(bands), 1
-        grad_bands, grad_element, grad_scale, grad_taps = torch.zeros_like(bands), None, None, None
-        if scale is not None:
-            kernel_height = element.shape[1] // grad.shape[2]
-            grad_element, grad_scale = torch.zeros_like(element), torch.empty_like(scale)
-            filters = filters_of(inputs.local_weight, len(gain_index), batch)
-            grad_taps = torch.zeros_like(self.taps)
+        bands, element = inputs.bands, inputs.element
+        grad_scale = grad_local_input = None
+        if element is not None:
+            if grad_element is None:
+                by_filter = grad.view(len(grad), -1, element.shape[1])
+                products = by_filter * self.gated.view_as(by_filter)
+                grad_element = torch.bmm(inputs.scale[:, None], products).squeeze(1)
+                by_filter *= element[:, None]
+            grad_scale, grad_taps = self._ungate(grad, inputs, grad_filters)
+            grad_local_input = channel_taps_adjoint(grad_taps, kernel_width)
         if bank is None:
-            lines = spectrum.new_empty(*grad.shape[:2], spectrum.shape[1], dtype=spectrum.dtype.to_complex())
-        for block in row_blocks(grad, kernel_height):
-            part = grad[:, block]
-            if scale is not None:
-                outputs = slice(block.start // kernel_height, block.stop // kernel_height)
-                products = (part * self.gated[:, block]).view(batch, -1, element.shape[1])
-                grad_scale[:, outputs] = torch.bmm(products, element[:, :, None]).squeeze(2)
-                grad_element += torch.bmm(scale[:, None, outputs], products).squeeze(1)
-                part = (part.view_as(products) * scale[:, outputs, None]).mul_(element[:, None]).view_as(part)
-                gate = self.gate[:, block]
-                logits = torch.rsub(gate, 1).mul_(self.gated[:, block]).mul_(part)
-                grad_filters[block] += torch.bmm(logits, self.taps.mT).sum(0)
-                grad_taps += torch.bmm(filters[:, block].mT, logits)
-                part = part * gate
-            if bank is None:
-                lines[:, block] = adjoint_columns(part)
-                continue
-            flat = part.flatten(1)
-            grad_bands += flat @ bank[:, block].flatten(1).mT
+            grad_bands = adjoint(grad, inputs.spectrum, bands, gain_index, grad_source)
+        else:
+            flat = grad.flatten(1)
+            grad_bands = flat @ bank.flatten(1).mT
             if grad_source is not None:
-                grad_source[:, block] += (bands.mT @ flat).view_as(bank[:, block])
-        if bank is None:
-            grad_bands = adjoint_rows(lines, spectrum, bands, gain_index, grad_source)
-        grad_local_input = None if grad_taps is None else channel_taps_adjoint(grad_taps, kernel_width)
+                grad_source += (bands.mT @ flat).view_as(bank)
         return grad_bands, grad_element, grad_scale, grad_local_input
+
+    def _ungate(self, grad: Tensor, inputs: Inputs, grad_filters: Tensor) -> tuple[Tensor, Tensor]:
+        """Makes `grad` that of FDW's weight matrices, and returns the gradients of scale and taps."""
+        batch, rows, columns = grad.shape
+        kernel_height = rows // inputs.scale.shape[1]
+        grad_scale, grad_taps = torch.empty_like(inputs.scale), torch.zeros_like(self.taps)
+        row_scale = inputs.scale.repeat_interleave(kernel_height, dim=1).unsqueeze(2)
+        scaled_filters = filters_of(inputs.local_weight, rows, batch) * row_scale
+        for block in row_blocks(grad, kernel_height):
+            part, gate, scale = grad[:, block], self.gate[:, block], row_scale[:, block]
+            products = part * self.gated[:, block]
+            outputs = slice(block.start // kernel_height, block.stop // kernel_height)
+            grad_scale[:, outputs] = products.view(batch, -1, kernel_height * columns).sum(2)
+            logits = products.addcmul_(products, gate, value=-1)  # the sigmoid's slope times its gradient over scale
+            grad_filters[block] += (torch.bmm(logits, self.taps.mT) * scale).sum(0)
+            grad_taps += torch.bmm(scaled_filters[:, block].mT, logits)
+            part.mul_(gate).mul_(scale)
+        return grad_scale, grad_taps
 
 
 def filters_of(local_weight: Tensor, rows: int, batch: int) -> Tensor:

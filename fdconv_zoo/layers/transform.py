@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .fdw import gather_gains
-
 # Elements of a block of work that stays in a CPU core's cache.
 CACHE_ELEMENTS = 1 << 20
+# Weight elements from which packing pays for its small operations.
+PACKED_ELEMENTS = 1 << 15
 
 
 def row_blocks(matrices: Tensor, multiple: int = 1) -> Iterator[slice]:
@@ -22,50 +22,61 @@ def row_blocks(matrices: Tensor, multiple: int = 1) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
-def contiguous_matrices(x: Tensor) -> Tensor:
-    """Contiguous copy of matrices (B, R, C); on a CPU, only a lone two-dimensional tensor is transposed fast."""
-    return x[0].contiguous().unsqueeze(0) if x.shape[0] == 1 else x.contiguous()
+def gain_table(gains: Tensor, inner_factor: float) -> Tensor:
+    """Gains (B, n) as a complex table (B, 2n) of :func:`~fdconv_zoo.layers.fdw.gather_gains`.
 
-
-def transform_rows(spectrum: Tensor, gains: Tensor, gain_index: Tensor) -> Tensor:
-    """First half of :func:`transform`: gains and the transform along the rows' axis, to lines (B, R, C//2+1)."""
-    coefficients, batch = torch.view_as_complex(spectrum), len(gains)
-    half = coefficients.new_empty(batch, *coefficients.shape)
-    # Complex gains: a product of mixed types would copy them to complex numbers first.
-    table = torch.cat([gains, gains * math.sqrt(0.5)], dim=1).to(half.dtype)
-    for sample in range(batch):
-        for block in row_blocks(half[:1]):
-            part = half[sample, block]
-            torch.index_select(table[sample], 0, gain_index[block].flatten(), out=part.view(-1))
-            part *= coefficients[block]
-    return torch.fft.ifft(half, dim=1, norm="ortho")
-
-
-def transform_columns(lines: Tensor, columns: int) -> Tensor:
-    """Second half of :func:`transform`: any rows of the lines (B, rows, C//2+1) to those of the matrix (B, rows, C)."""
-    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
+    A product of mixed types would copy the gathered gains to complex numbers first.
+    """
+    return torch.cat([gains, gains * inner_factor], dim=1).to(gains.dtype.to_complex())
 
 
 def transform(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
     """:func:`~fdconv_zoo.layers.fdw.synthesize` without autograd: see there.
 
-    On a CPU, two one-dimensional transforms on contiguous memory take half the time of irfft2.
+    torch.fft.irfft2 makes two transforms with copies between them; the complex transform of a packed spectrum is one.
     """
-    return transform_columns(transform_rows(spectrum, gains, gain_index), columns)
+    rows, batch = len(spectrum), len(gains)
+    if columns % 2 == 0 and rows * columns >= PACKED_ELEMENTS and not spectrum.is_cuda:
+        return transform_packed(spectrum, gains, gain_index)
+    half = gain_table(gains, math.sqrt(0.5)).index_select(1, gain_index.flatten()).view(batch, *gain_index.shape)
+    half *= torch.view_as_complex(spectrum)
+    return torch.fft.irfft(torch.fft.ifft(half, dim=1, norm="ortho"), n=columns, dim=2, norm="ortho")
 
 
-def adjoint_columns(grad: Tensor) -> Tensor:
-    """Adjoint of :func:`transform_columns` but for the factors of :func:`adjoint_rows`: (B, rows, C) to lines."""
-    return torch.fft.rfft(grad, dim=2, norm="ortho")
+def transform_packed(spectrum: Tensor, gains: Tensor, gain_index: Tensor) -> Tensor:
+    """:func:`transform` for an even number of columns, by a complex transform of half the columns.
+
+    Of a weight matrix w, z[n, j] = w[n, 2j] + i w[n, 2j+1] is the weight matrix as it lies in memory. With the half
+    spectrum Y, M = C/2 and t[k] = i exp(2 pi i k/C), its spectrum is
+    Z[u, k] = ((1 + t[k]) Y[u, k] + (1 - t[k]) conj(Y[-u, M-k])) / sqrt(2), orthonormal.
+    """
+    rows, half_columns = len(spectrum), spectrum.shape[1] - 1
+    table = gain_table(gains * math.sqrt(0.5), math.sqrt(0.5))  # with the 1/sqrt(2) of Z
+    angle = torch.arange(half_columns, device=spectrum.device, dtype=torch.float64) * (math.pi / half_columns)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    near, far = (1 + 1j * turn).to(table.dtype), (-1j - turn).to(table.dtype)
+    coefficients, half = torch.view_as_complex(spectrum), table.new_empty(rows + 1, half_columns + 1)
+    scaled, weights = half[:rows], []
+    for sample_table in table:
+        for block in row_blocks(scaled[None]):
+            torch.index_select(sample_table, 0, gain_index[block].flatten(), out=scaled[block].view(-1))
+            scaled[block] *= coefficients[block]
+        half[rows] = half[0]  # row -u is then row R-u for all u
+        # Columns 0 and M are their own mirror images; as everywhere, what is not Hermitian in them has no effect.
+        mirrored = half[:, ::half_columns]
+        mirrored.copy_((mirrored + mirrored.flip(0).conj()) / 2)
+        # Turned round with real and imaginary parts exchanged, which is i times the conjugate.
+        turned = torch.view_as_real(half[1:, 1:]).flatten(1).flip(0, 1).view(rows, half_columns, 2)
+        packed = torch.view_as_complex(turned).mul_(far).addcmul_(scaled[:, :half_columns], near)
+        weights.append(torch.view_as_real(torch.fft.ifft2(packed, norm="ortho")).flatten(1))
+    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
 
-def adjoint_rows(
-    lines: Tensor, spectrum: Tensor, gains: Tensor, gain_index: Tensor, grad_spectrum: Tensor | None
-) -> Tensor:
-    """Gradients of :func:`transform` from the lines of :func:`adjoint_columns`: one transform, and sums by group.
+def adjoint(grad: Tensor, spectrum: Tensor, gains: Tensor, gain_index: Tensor, grad_spectrum: Tensor | None) -> Tensor:
+    """Gradients of :func:`transform`: one transform, and sums by group.
 
     Args:
-        lines: Lines (B, R, C//2+1) of the gradient of the weight matrices.
+        grad: Gradient of the weight matrices (B, R, C).
         spectrum: As for :func:`transform`.
         gains: As for :func:`transform`.
         gain_index: As for :func:`transform`.
@@ -74,22 +85,20 @@ def adjoint_rows(
     Returns:
         Gradient of the gains (B, n).
     """
-    # The Parseval-scaled transform is orthonormal, so its adjoint is its inverse: analyse the gradient.
-    half = torch.fft.fft(lines, dim=1, norm="ortho")
     batch, bins = len(gains), 2 * gains.shape[1]
     sums = torch.zeros(batch * bins, device=gains.device, dtype=gains.dtype)
     # One flat index_add_ with an offset for each sample: along dim 1 it is ten times slower on a CPU.
     offset = torch.arange(batch, device=gains.device, dtype=torch.int32)[:, None] * bins
-    # Blocks of columns stay in a CPU's cache, where the transposed result of the transform meets the spectrum.
-    width = half.shape[2] if half.is_cuda else max(1, CACHE_ELEMENTS // (2 * batch * half.shape[1]))
-    for start in range(0, half.shape[2], width):
-        block = slice(start, start + width)
-        part, index = contiguous_matrices(half[:, :, block]), gain_index[:, block]
-        products = torch.view_as_real(part) * spectrum[:, block]
-        flat_index = index.flatten() if batch == 1 else (offset + index.flatten()).flatten()
+    table = gain_table(gains, math.sqrt(2))
+    # The Parseval-scaled transform is orthonormal, so its adjoint is its inverse: analyse the gradient.
+    half = torch.fft.rfft2(grad, norm="ortho")
+    for block in row_blocks(half):
+        part, index = half[:, block], gain_index[block].flatten()
+        products = torch.view_as_real(part) * spectrum[block]
+        flat_index = index if batch == 1 else (offset + index).flatten()
         sums.index_add_(0, flat_index, (products[..., 0] + products[..., 1]).flatten())
         if grad_spectrum is not None:
-            part *= gather_gains(gains, math.sqrt(2), index)
-            grad_spectrum[:, block] += torch.view_as_real(part[0] if batch == 1 else part.sum(0))
+            part *= table.view(-1).index_select(0, flat_index).view_as(part)
+            grad_spectrum[block] += torch.view_as_real(part[0] if batch == 1 else part.sum(0))
     outer, inner = sums.view(batch, bins).chunk(2, dim=1)
     return outer + inner * math.sqrt(2)

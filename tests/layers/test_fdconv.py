@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import eager, transform
+from fdconv_zoo.layers import eager, fbm, transform
 from tests import reference
 from tests.compare import assert_matches, randomise, relative_error
 
@@ -21,7 +21,11 @@ few = settings(max_examples=20, derandomize=True, deadline=None)
 CONFIGS = {
     "3x3": (6, 4, 3, {"padding": 1, "num_bands": 8}, (2, 7, 9)),
     "3x3 odd channels, uneven groups": (5, 7, 3, {"padding": 1, "num_bands": 13}, (3, 6, 5)),
-    "3x3 of a large map": (4, 3, 3, {"padding": 1, "num_bands": 4}, (2, 13, 12)),
+    "3x3 of a large map": (4, 3, 3, {"padding": 1, "num_bands": 4}, (2, 17, 16)),
+    "3x3 more filters than places": (4, 20, 3, {"padding": 1, "num_bands": 8}, (2, 3, 4)),
+    "3x3 stride, more filters than places": (4, 20, 3, {"stride": 2, "padding": 1, "num_bands": 8}, (3, 7, 8)),
+    "1x1 more filters than places": (6, 24, 1, {"num_bands": 5, "bias": False}, (2, 4, 5)),
+    "1x1 stride, more filters than places": (6, 24, 1, {"stride": 2, "num_bands": 5}, (2, 7, 9)),
     "3x3 stride": (4, 6, 3, {"stride": 2, "padding": 1, "num_bands": 4}, (2, 9, 8)),
     "3x3 stride, large map": (4, 6, 3, {"stride": 2, "padding": 1, "num_bands": 4}, (2, 27, 26)),
     "3x3 strides and paddings": (4, 5, 3, {"stride": (2, 3), "padding": (0, 2), "num_bands": 6}, (2, 8, 11)),
@@ -174,15 +178,22 @@ def test_blocks_change_nothing_for_one_sample_and_without_gates(ksm, elements, m
     assert_matches(layer, x, run, tol=1e-11)
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30])
-@pytest.mark.parametrize("places", [0, 1 << 30])
-@pytest.mark.parametrize("name", ["more samples than groups", "3x3 strides and paddings", "1x1 stride and padding"])
-def test_each_way_to_make_and_to_apply_the_weights(name, places, limit, monkeypatch):
-    monkeypatch.setattr(eager, "MATMUL_PLACES", places)
-    monkeypatch.setattr(eager, "BANK_LIMIT", limit)
-    layer, x = layer_and_input(CONFIGS[name])
-    assert_matches(layer.eval(), x, reference_of(layer, CONFIGS[name]), tol=1e-11)
-    assert_matches(layer, x.contiguous(memory_format=torch.channels_last), reference_of(layer, CONFIGS[name]), 1e-11)
+@pytest.mark.parametrize(
+    ("module", "constant", "value"),
+    [
+        (eager, "MATMUL_PLACES", 0),
+        (eager, "MATMUL_PLACES", 1 << 30),
+        (eager, "BANK_LIMIT", 0),
+        (transform, "PACKED_ELEMENTS", 0),
+        (fbm, "MATRIX_PLACES", 0),
+    ],
+)
+@on_grid
+def test_each_way_to_make_and_to_apply_the_weights(config, module, constant, value, monkeypatch):
+    monkeypatch.setattr(module, constant, value)
+    layer, x = layer_and_input(config)
+    assert_matches(layer.eval(), x, reference_of(layer, config), tol=1e-11)
+    assert_matches(layer, x.contiguous(memory_format=torch.channels_last), reference_of(layer, config), 1e-11)
 
 
 @on_grid
