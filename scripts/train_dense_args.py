@@ -23,6 +23,10 @@ EXAMPLES = """examples:
       --train-images ade/images/training --train-masks ade/annotations/training \\
       --val-images ade/images/validation --val-masks ade/annotations/validation --reduce-zero-label
 
+  # Mask2Former on Cityscapes
+  python scripts/train_dense.py --config scripts/configs/dense/mask2former_cityscapes.yaml \\
+      --train-images leftImg8bit/train --train-masks gtFine/train --val-images leftImg8bit/val --val-masks gtFine/val
+
   # go on after a stop (starts afresh if there is nothing to resume)
   python scripts/train_dense.py --config outputs/faster_rcnn/args.yaml --resume
 
@@ -37,7 +41,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """Keeps the layout of the examples, and shows the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", False, {}):
+        if action.default in (None, "", False, {}, []):
             return action.help
         return super()._get_help_string(action)
 
@@ -127,8 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     group.add_argument("--output", type=Path, default=Path("outputs/dense"), metavar="DIR")
-    group.add_argument("--resume", action=flag, default=False, help="go on from last.ckpt in --output")
-    group.add_argument("--val-interval", type=int, default=1, metavar="EPOCHS", help="between validations")
+    group.add_argument("--resume", action=flag, default=False,
+                       help="go on from last.ckpt in --output, as if there had been no stop")  # fmt: skip
+    group.add_argument("--val-interval", type=int, default=1, metavar="EPOCHS",
+                       help="between validations; there is one at the end too")  # fmt: skip
     group.add_argument("--limit-batches", type=int, metavar="N", help="at most N batches an epoch and a validation")
     group.add_argument("--precision", default="32-true", help="of Lightning: 32-true, bf16-mixed, 16-mixed")
     group.add_argument("--device", default="auto", help="Lightning accelerator: auto, cpu, cuda")
@@ -160,14 +166,15 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     kind = "annotations" if args.head in DETECTION_HEADS else "masks"
-    needed = [f"{split}_{part}" for split in ("train", "val") for part in ("images", kind)]
-    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
+    data = [f"{split}_{part}" for split in ("train", "val") for part in ("images", kind)]
+    missing = [f"--{name.replace('_', '-')}" for name in data if getattr(args, name) is None]
     if missing:
         parser.error(f"{args.head} needs {', '.join(missing)}")
     if args.head in SEGMENTATION_HEADS and args.num_classes is None:
         parser.error(f"{args.head} needs --num-classes")
     if args.mask_values and (len(args.mask_values) != args.num_classes or min(args.mask_values) < 0):
         parser.error(f"--mask-values {args.mask_values} must be --num-classes {args.num_classes} values, from 0 up")
-    absent = [name for name in ("transformers", "scipy") if find_spec(name) is None]
-    if args.head == "mask2former" and absent:
-        parser.error(f"mask2former needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+    packages = ("transformers", "scipy") if args.head == "mask2former" else ()
+    absent = [name for name in packages if find_spec(name) is None]
+    if absent:
+        parser.error(f"{args.head} needs {' and '.join(absent)}: pip install {' '.join(absent)}")

@@ -52,7 +52,7 @@ def scores_of_one_process(output):
 @pytest.mark.parametrize(
     ("head", "epochs"),
     [
-        ("upernet", 2),
+        ("upernet", 1),
         pytest.param("faster_rcnn", 8, marks=pytest.mark.slow),
         pytest.param("mask2former", 2, marks=pytest.mark.slow),
     ],
@@ -77,7 +77,7 @@ def assert_same_checkpoints(one, other):
 @pytest.mark.parametrize(
     ("head", "signum", "more"),
     [
-        ("mask2former", signal.SIGKILL, ["--epochs", "3"]),
+        ("mask2former", signal.SIGKILL, ["--epochs", "2"]),
         # neither the epochs nor the intervals of validation end with the run, nor is the killed epoch validated
         pytest.param("mask2former", signal.SIGKILL, ["--steps", "8", "--val-interval", "2"], marks=pytest.mark.slow),
         pytest.param("faster_rcnn", signal.SIGKILL, ["--epochs", "3", "-j", "1"], marks=pytest.mark.slow),
