@@ -6,7 +6,8 @@ Inductor has no kernels for complex numbers, and unrolling the samples would mak
 import torch
 from torch import Tensor
 
-from .eager import Inputs, Plan, backward_pass, forward_pass, memory_format, output_size
+from .eager import Inputs, Plan, backward_pass, forward_pass, memory_format
+from .sample_conv import output_size
 
 INPUTS = (
     "Tensor x, Tensor bands, Tensor? element, Tensor? scale, Tensor? local_input, Tensor spectrum, "

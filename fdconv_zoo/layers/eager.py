@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .functional import element_gated, pad, without_autocast
-from .sample_conv import Geometry, SampleConv
+from .sample_conv import Geometry, SampleConv, output_size
 from .sample_weight import Inputs, SampleWeight
 from .transform import adjoint, transform
 
@@ -72,20 +72,6 @@ class Plan(NamedTuple):
 def memory_format(channels_last: bool) -> torch.memory_format:
     """Memory format of outputs and of the input's gradient: that of the input."""
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def output_size(
-    size: tuple[int, int],
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """Height and width of a convolution's output; below 1 where the padded input is smaller than the kernel."""
-    return tuple(
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
-    )
 
 
 def make_bank(inputs: Inputs, gain_index: Tensor, columns: int) -> Tensor:

@@ -3,13 +3,15 @@
 The weights are matrices (B, R, C) with R = Cout*kh and C = Cin*kw, as the Fourier transform yields them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import pad, unfold
+from .functional import pad
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class Geometry:
     channels_last: bool
 
 
+def output_size(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output; below 1 where the padded input is smaller than the kernel."""
+    return tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+
+
 class SampleConv:
     """Convolves the samples of a chunk with weights of their own, in the layout of the weight matrix.
 
@@ -50,14 +66,25 @@ class SampleConv:
         self.patches = self.operand = None
         if geometry.by_groups:
             return
-        if geometry.kernel_size == (1, 1) and geometry.padding == (0, 0):
-            patches = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
+        (kh, kw), (top, left), (down, right) = geometry.kernel_size, geometry.padding, geometry.stride
+        self.size = output_size(x.shape[2:], geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+        padded = pad(x, (left, left, top, top))
+        if (kh, kw) == (1, 1):
+            patches = padded[:, :, ::down, ::right]
         else:
-            top, left = geometry.padding
-            patches = unfold(pad(x, (left, left, top, top)), geometry.kernel_size, geometry.stride, geometry.dilation)
-        self.size = patches.shape[-2:]
-        self.patches = patches.reshape(len(x), -1, patches.shape[-2] * patches.shape[-1])
+            patches = x.new_empty(len(x), kh, x.shape[1], kw, *self.size)
+            for i, j, rows, columns in self._places():
+                patches[:, i, :, j] = padded[:, :, rows, columns]
+        self.patches = patches.reshape(len(x), -1, self.size[0] * self.size[1])
         self.operand = self.patches if self.element is None else self.patches * self.element[:, :, None]
+
+    def _places(self) -> Iterator[tuple[int, int, slice, slice]]:
+        """Row and column in the kernel, and the rows and columns of the padded map that they meet."""
+        (kh, kw), geometry = self.geometry.kernel_size, self.geometry
+        for i, j in product(range(kh), range(kw)):
+            top, left = i * geometry.dilation[0], j * geometry.dilation[1]
+            bottom, right = top + self.size[0] * geometry.stride[0], left + self.size[1] * geometry.stride[1]
+            yield i, j, slice(top, bottom, geometry.stride[0]), slice(left, right, geometry.stride[1])
 
     def _groups(self, maps: Tensor) -> Tensor:
         """Maps (B, C, H, W) as the groups of one sample."""
@@ -128,17 +155,11 @@ class SampleConv:
     def _fold(self, patches: Tensor) -> Tensor:
         """Adjoint of taking patches: sums (B, kh*Cin*kw, Hout*Wout) into (B, Cin, H, W)."""
         (kh, kw), (top, left), stride = self.geometry.kernel_size, self.geometry.padding, self.geometry.stride
-        height, width = self.size
         if (kh, kw, top, left, *stride) == (1, 1, 0, 0, 1, 1):
             return patches.unflatten(2, self.size)
-        patches = patches.reshape(len(self.x), kh, -1, kw, height, width)
+        patches = patches.reshape(len(self.x), kh, -1, kw, *self.size)
         shape = (*self.x.shape[:2], self.x.shape[2] + 2 * top, self.x.shape[3] + 2 * left)
         out = patches.new_zeros(shape)
-        for i in range(kh):
-            start = i * self.geometry.dilation[0]
-            rows = slice(start, start + (height - 1) * stride[0] + 1, stride[0])
-            for j in range(kw):
-                start = j * self.geometry.dilation[1]
-                places = slice(start, start + (width - 1) * stride[1] + 1, stride[1])
-                out[:, :, rows, places] += patches[:, i, :, j]
+        for i, j, rows, columns in self._places():
+            out[:, :, rows, columns] += patches[:, i, :, j]
         return out[:, :, top : shape[2] - top, left : shape[3] - left]
