@@ -1,5 +1,19 @@
+from functools import lru_cache
+
 import pytest
 import torch
+
+from fdconv_zoo.layers import fdw
+
+# Half of a model's construction is this sort, and tests construct the same layers over and over.
+band_index = lru_cache(maxsize=32)(fdw.band_index)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sort_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fdw, "band_index", lambda *args: band_index(*args).clone())
+        yield
 
 
 @pytest.fixture(autouse=True)
