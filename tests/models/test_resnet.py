@@ -12,4 +12,5 @@ class TestResNet(ModelTester):
         "resnet50_fdconv": dict(layers=(1, 1, 2, 1), **NARROW),
         "wide_resnet50_2_fdconv": dict(layers=(1, 1, 1, 1), **NARROW),
     }
+    shallow: ClassVar = dict(layers=(1, 1, 1, 1))
     output_strides = (16, 8)
