@@ -167,13 +167,16 @@ def modulate_bands(
         Modulated map (B, C, H, W), dtype of `x`.
     """
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    eager = not torch.jit.is_tracing() and not is_exporting()
     weight, bias = weight.to(exact.dtype), bias.to(exact.dtype)
-    gates = 2 * torch.sigmoid(gate_logits(exact, weight, bias) if eager else F.conv2d(exact, weight, bias, padding=1))
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
+        gates = 2 * torch.sigmoid(F.conv2d(exact, weight, bias, padding=1))
+    else:
+        gates = 2 * torch.sigmoid(gate_logits(exact, weight, bias))
     # sum_i A_i (low_{i-1} - low_i) + low_last, with one product for each low-pass instead of two.
     steps = torch.cat([gates[:, 1:], torch.ones_like(gates[:, :1])], dim=1) - gates
-    if mask_grid is None and eager and x.shape[2] * x.shape[3] <= MATRIX_PLACES:
-        return gate_by_matrix(exact, gates[:, :1], steps, cutoffs).to(x.dtype)
+    if not (torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting()):
+        if mask_grid is None and x.shape[2] * x.shape[3] <= MATRIX_PLACES:
+            return gate_by_matrix(exact, gates[:, :1], steps, cutoffs).to(x.dtype)
     lows = low_passes(exact, cutoffs) if mask_grid is None else grid_low_passes(exact, cutoffs, mask_grid)
     modulated = gates[:, :1] * exact
     for i, low in enumerate(lows):

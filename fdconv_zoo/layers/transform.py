@@ -64,7 +64,8 @@ def transform_packed(spectrum: Tensor, gains: Tensor, gain_index: Tensor) -> Ten
         half[rows] = half[0]  # row -u is then row R-u for all u
         # Columns 0 and M are their own mirror images; as everywhere, what is not Hermitian in them has no effect.
         mirrored = half[:, ::half_columns]
-        mirrored.copy_((mirrored + mirrored.flip(0).conj()) / 2)
+        # A lazy conj() is lost in operators that torch.compile calls.
+        mirrored.copy_((mirrored + mirrored.flip(0).conj_physical_()) / 2)
         # Turned round with real and imaginary parts exchanged, which is i times the conjugate.
         turned = torch.view_as_real(half[1:, 1:]).flatten(1).flip(0, 1).view(rows, half_columns, 2)
         packed = torch.view_as_complex(turned).mul_(far).addcmul_(scaled[:, :half_columns], near)

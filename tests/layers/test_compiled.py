@@ -52,3 +52,11 @@ def test_the_operator_keeps_the_rules_of_operators(channels_last):
         torch.ops.fdconv_zoo.conv2d, (*layer_arguments(layer, x), channels_last),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
+
+
+def test_large_weights_are_compiled_as_in_eager_mode():
+    """Weights large enough for a packed transform."""
+    layer = randomise(FDLinear(96, 384)).eval()
+    x = torch.randn(2, 16, 96)
+    with torch.no_grad():
+        assert relative_error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 1e-6
