@@ -7,32 +7,33 @@ import torch
 from torch import Tensor
 
 from .eager import Inputs, Plan, backward_pass, forward_pass, memory_format
+from .fdw import GainMap
 from .sample_conv import output_size
 
 INPUTS = (
     "Tensor x, Tensor bands, Tensor? element, Tensor? scale, Tensor? local_input, Tensor spectrum, "
-    "Tensor? local_weight, Tensor gain_index"
+    "Tensor? local_weight, Tensor gain_index, Tensor gain_tiles"
 )
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channels_last"
 
 
-def make_plan(inputs: Inputs, gain_index: Tensor, geometry: tuple[list[int], ...], channels_last: bool) -> Plan:
+def make_plan(inputs: Inputs, gain_map: GainMap, geometry: tuple[list[int], ...], channels_last: bool) -> Plan:
     """Plan for geometry that the dispatcher hands over as lists."""
-    return Plan.make(inputs, gain_index, *(tuple(pair) for pair in geometry), channels_last)
+    return Plan.make(inputs, gain_map, *(tuple(pair) for pair in geometry), channels_last)
 
 
 @torch.library.custom_op("fdconv_zoo::conv2d", mutates_args=(), schema=f"({INPUTS}, {GEOMETRY}) -> Tensor")
 def conv2d(*arguments: object) -> Tensor:
     """:func:`~fdconv_zoo.layers.eager.forward_pass`."""
-    inputs, gain_index, geometry, channels_last = split(arguments)
-    return forward_pass(make_plan(inputs, gain_index, geometry, channels_last), gain_index, inputs)[0]
+    inputs, gain_map, geometry, channels_last = split(arguments)
+    return forward_pass(make_plan(inputs, gain_map, geometry, channels_last), gain_map, inputs)[0]
 
 
 @conv2d.register_fake
 def _(*arguments: object) -> Tensor:
-    inputs, gain_index, geometry, channels_last = split(arguments)
+    inputs, gain_map, geometry, channels_last = split(arguments)
     size = output_size(inputs.x.shape[2:], *geometry)
-    shape = (inputs.x.shape[0], gain_index.shape[0] // geometry[0][0], *size)
+    shape = (inputs.x.shape[0], gain_map.index.shape[0] // geometry[0][0], *size)
     return torch.empty(shape, dtype=inputs.x.dtype, device=inputs.x.device, memory_format=memory_format(channels_last))
 
 
@@ -41,9 +42,9 @@ def _(*arguments: object) -> Tensor:
 )
 def conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
     """:func:`~fdconv_zoo.layers.eager.backward_pass`, for the inputs that are not None."""
-    inputs, gain_index, geometry, channels_last = split(arguments)
-    plan = make_plan(inputs, gain_index, geometry, channels_last)
-    grads = backward_pass(plan, gain_index, inputs, grad, None)
+    inputs, gain_map, geometry, channels_last = split(arguments)
+    plan = make_plan(inputs, gain_map, geometry, channels_last)
+    grads = backward_pass(plan, gain_map, inputs, grad, None)
     return [
         value.contiguous(memory_format=memory_format(channels_last and value.dim() == 4))
         for value in grads
@@ -61,22 +62,23 @@ def _(grad: Tensor, *arguments: object) -> list[Tensor]:
     ]
 
 
-def split(arguments: tuple[object, ...]) -> tuple[Inputs, Tensor, tuple[list[int], ...], bool]:
-    """Arguments of the operators: inputs, gain_index, geometry, channels_last."""
-    return Inputs(*arguments[:7]), arguments[7], arguments[8:12], arguments[12]
+def split(arguments: tuple[object, ...]) -> tuple[Inputs, GainMap, tuple[list[int], ...], bool]:
+    """Arguments of the operators: inputs, gain_map, geometry, channels_last."""
+    return Inputs(*arguments[:7]), GainMap(*arguments[7:9]), arguments[9:13], arguments[13]
 
 
 def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
     """Keeps the inputs."""
-    ctx.save_for_backward(*inputs[:8])
-    ctx.arguments = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.arguments = inputs[9:]
 
 
 def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments."""
     saved = ctx.saved_tensors
     grads = iter(torch.ops.fdconv_zoo.conv2d_backward(grad, *saved, *ctx.arguments))
-    return *(None if tensor is None else next(grads) for tensor in saved[:7]), None, *(None for _ in ctx.arguments)
+    unused = (None for _ in (*saved[7:], *ctx.arguments))
+    return *(None if tensor is None else next(grads) for tensor in saved[:7]), *unused
 
 
 conv2d.register_autograd(backward, setup_context=setup_context)

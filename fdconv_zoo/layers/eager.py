@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fdw import GainMap
 from .functional import element_gated, pad, without_autocast
 from .sample_conv import Geometry, SampleConv, output_size
 from .sample_weight import Inputs, SampleWeight
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
     def make(
         cls,
         inputs: Inputs,
-        gain_index: Tensor,
+        gain_map: GainMap,
         kernel_size: tuple[int, int],
         stride: tuple[int, int],
         padding: tuple[int, int],
@@ -58,12 +59,13 @@ class Plan(NamedTuple):
     ) -> "Plan":
         """Chooses by size; `channels_last` is the memory format of the input."""
         x, (batch, num_bands) = inputs.x, inputs.bands.shape
-        elements = gain_index.shape[0] * x.shape[1] * kernel_size[1]
+        rows = len(gain_map.index)
+        elements = rows * x.shape[1] * kernel_size[1]
         chunk = max(1, (GPU_CHUNK if x.is_cuda else CPU_CHUNK) // elements)
         chunk = math.ceil(batch / math.ceil(batch / chunk))  # chunks of one size
         places = math.prod(output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         by_groups = kernel_size != (1, 1) and (x.is_cuda or places >= MATMUL_PLACES)
-        gate_input = not by_groups and x.dtype == inputs.spectrum.dtype and places * kernel_size[0] <= len(gain_index)
+        gate_input = not by_groups and x.dtype == inputs.spectrum.dtype and places * kernel_size[0] <= rows
         use_bank = batch > num_bands and num_bands * elements <= BANK_LIMIT
         geometry = Geometry(kernel_size, stride, padding, dilation, by_groups, gate_input, channels_last)
         return cls(geometry, chunk, use_bank)
@@ -74,9 +76,9 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def make_bank(inputs: Inputs, gain_index: Tensor, columns: int) -> Tensor:
+def make_bank(inputs: Inputs, gain_map: GainMap, columns: int) -> Tensor:
     """Weight matrix (n, R, C) of each frequency group."""
-    return transform(inputs.spectrum, bank_gains(inputs), gain_index, columns)
+    return transform(inputs.spectrum, bank_gains(inputs), gain_map, columns)
 
 
 def bank_gains(inputs: Inputs) -> Tensor:
@@ -90,7 +92,7 @@ def join(parts: list[Tensor]) -> Tensor:
 
 
 def forward_pass(
-    plan: Plan, gain_index: Tensor, inputs: Inputs, keep: bool = False
+    plan: Plan, gain_map: GainMap, inputs: Inputs, keep: bool = False
 ) -> tuple[Tensor, list[SampleWeight]]:
     """Convolves each sample with its weight (Eq. 4-7).
 
@@ -98,15 +100,15 @@ def forward_pass(
         Output (B, Cout, Hout, Wout), and the weights of each chunk if they are to be kept.
     """
     columns, geometry = inputs.x.shape[1] * plan.geometry.kernel_size[1], plan.geometry
-    bank = make_bank(inputs, gain_index, columns) if plan.use_bank else None
+    bank = make_bank(inputs, gain_map, columns) if plan.use_bank else None
     size = output_size(inputs.x.shape[2:], geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
     output = torch.empty(
-        (len(inputs.x), len(gain_index) // geometry.kernel_size[0], *size), dtype=inputs.x.dtype,
+        (len(inputs.x), len(gain_map.index) // geometry.kernel_size[0], *size), dtype=inputs.x.dtype,
         device=inputs.x.device, memory_format=memory_format(geometry.channels_last),
     )  # fmt: skip
     weights = []
     for part, out in zip(inputs.chunks(plan.chunk), output.split(plan.chunk), strict=True):
-        weight = SampleWeight.make(part, bank, gain_index, columns, keep)
+        weight = SampleWeight.make(part, bank, gain_map, columns, keep)
         kernels = weight.gated
         if keep:
             weights.append(weight)
@@ -119,7 +121,7 @@ def forward_pass(
 
 def backward_pass(
     plan: Plan,
-    gain_index: Tensor,
+    gain_map: GainMap,
     inputs: Inputs,
     grad: Tensor,
     weights: list[SampleWeight] | None,
@@ -130,7 +132,7 @@ def backward_pass(
 
     Args:
         plan: That of the forward pass.
-        gain_index: That of the forward pass.
+        gain_map: That of the forward pass.
         inputs: Those of the forward pass.
         grad: Gradient of the output.
         weights: Weights that the forward pass kept, or None to make them again.
@@ -142,17 +144,17 @@ def backward_pass(
     """
     kw = plan.geometry.kernel_size[1]
     spectrum, local_weight, columns = inputs.spectrum, inputs.local_weight, inputs.x.shape[1] * kw
-    bank = make_bank(inputs, gain_index, columns) if plan.use_bank else None
+    bank = make_bank(inputs, gain_map, columns) if plan.use_bank else None
     grad_spectrum = torch.zeros_like(spectrum) if need_spectrum else None
     grad_bank = torch.zeros_like(bank) if need_spectrum and bank is not None else None
     grad_filters = None
     if local_weight is not None:
-        grad_filters = local_weight.new_zeros(len(gain_index), kw * local_weight.shape[2])
+        grad_filters = local_weight.new_zeros(len(gain_map.index), kw * local_weight.shape[2])
     grads: dict[str, list[Tensor]] = {name: [] for name in Inputs._fields[:5]}
     for i, (part, grad_out) in enumerate(zip(inputs.chunks(plan.chunk), grad.split(plan.chunk), strict=True)):
-        weight = weights[i] if weights else SampleWeight.make(part, bank, gain_index, columns, keep=True)
+        weight = weights[i] if weights else SampleWeight.make(part, bank, gain_map, columns, keep=True)
         convolution = SampleConv(part.x, part.element, plan.geometry)
-        grad_weight = convolution.grad_weight(grad_out, len(gain_index)).to(spectrum.dtype)
+        grad_weight = convolution.grad_weight(grad_out, len(gain_map.index)).to(spectrum.dtype)
         grad_element = None
         if need_x or plan.geometry.gate_input:
             if part.scale is not None:
@@ -161,12 +163,12 @@ def backward_pass(
             grad_x, grad_element = convolution.grad_input(grad_out, kernels.to(part.x.dtype))
             grads["x"].append(grad_x)
         grad_source = grad_spectrum if bank is None else grad_bank
-        parts = weight.backward(grad_weight, grad_element, part, bank, gain_index, kw, grad_source, grad_filters)
+        parts = weight.backward(grad_weight, grad_element, part, bank, gain_map, kw, grad_source, grad_filters)
         for name, value in zip(Inputs._fields[1:5], parts, strict=True):
             if value is not None:
                 grads[name].append(value)
     if grad_bank is not None:
-        adjoint(grad_bank, spectrum, bank_gains(inputs), gain_index, grad_spectrum)
+        adjoint(grad_bank, spectrum, bank_gains(inputs), gain_map, grad_spectrum)
     return Inputs(
         *(join(parts) if parts else None for parts in grads.values()),
         grad_spectrum,
@@ -176,11 +178,11 @@ def backward_pass(
 
 class _DynamicConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, recompute: bool, gain_index: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, plan: Plan, recompute: bool, index: Tensor, tiles: Tensor, *inputs: Tensor | None) -> Tensor:
         ctx.plan, ctx.recompute = plan, recompute
-        output, weights = forward_pass(plan, gain_index, Inputs(*inputs), keep=not recompute)
+        output, weights = forward_pass(plan, GainMap(index, tiles), Inputs(*inputs), keep=not recompute)
         kept = (tensor for weight in weights for tensor in (weight.gated, weight.gate, weight.taps))
-        ctx.save_for_backward(gain_index, *inputs, *kept)
+        ctx.save_for_backward(index, tiles, *inputs, *kept)
         # A view made here could not be changed in place by what follows, such as ReLU(inplace=True).
         return output.detach()
 
@@ -191,18 +193,18 @@ class _DynamicConv(torch.autograd.Function):
                 "FDConv has no second derivatives in eager mode (create_graph=True); its traceable form has: "
                 "fdconv_zoo.layers.functional.dynamic_conv2d"
             )
-        gain_index, *tensors = ctx.saved_tensors
+        index, tiles, *tensors = ctx.saved_tensors
         inputs, kept = Inputs(*tensors[:7]), tensors[7:]
         weights = None if ctx.recompute else [SampleWeight(*kept[i : i + 3]) for i in range(0, len(kept), 3)]
-        need_x, need_spectrum = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
+        need_x, need_spectrum = ctx.needs_input_grad[4], ctx.needs_input_grad[9]
         with without_autocast(grad.device.type):
-            grads = backward_pass(ctx.plan, gain_index, inputs, grad, weights, need_x, need_spectrum)
-        return None, None, None, *grads
+            grads = backward_pass(ctx.plan, GainMap(index, tiles), inputs, grad, weights, need_x, need_spectrum)
+        return None, None, None, None, *grads
 
 
 def eager_conv2d(
     inputs: Inputs,
-    gain_index: Tensor,
+    gain_map: GainMap,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
@@ -214,7 +216,7 @@ def eager_conv2d(
 
     Args:
         inputs: The input, its gates and the parameters.
-        gain_index: int32 map (R, C//2+1) of :class:`~fdconv_zoo.layers.fdw.FDW`.
+        gain_map: Which gain each coefficient takes.
         kernel_size: (kh, kw).
         stride: Vertical and horizontal stride.
         padding: Zeros (left, right, top, bottom).
@@ -236,13 +238,13 @@ def eager_conv2d(
     if inputs.x.numel() == 0:
         # Nothing to convolve, but still a function of the input and the weight, as nn.Conv2d's output is.
         nothing = inputs.x.sum() + inputs.spectrum.sum().to(inputs.x.dtype)
-        shape = (len(inputs.x), gain_index.shape[0] // kernel_size[0], max(height, 0), max(width, 0))
+        shape = (len(inputs.x), gain_map.index.shape[0] // kernel_size[0], max(height, 0), max(width, 0))
         return nothing + inputs.x.new_zeros(shape)
     if min(height, width) < 1:
         raise ValueError(f"input of {size[0]}, {size[1]} pixels with padding {pads} is less than kernel {kernel_size}")
     if torch.compiler.is_compiling():
-        return torch.ops.fdconv_zoo.conv2d(*inputs, gain_index, kernel_size, stride, pads, dilation, channels_last)
-    plan = Plan.make(inputs, gain_index, kernel_size, stride, pads, dilation, channels_last)
+        return torch.ops.fdconv_zoo.conv2d(*inputs, *gain_map, kernel_size, stride, pads, dilation, channels_last)
+    plan = Plan.make(inputs, gain_map, kernel_size, stride, pads, dilation, channels_last)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _DynamicConv.apply(plan, recompute, gain_index, *inputs)
-    return forward_pass(plan, gain_index, inputs)[0]
+        return _DynamicConv.apply(plan, recompute, *gain_map, *inputs)
+    return forward_pass(plan, gain_map, inputs)[0]

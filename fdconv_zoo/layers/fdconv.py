@@ -143,14 +143,14 @@ class _FDLayer(nn.Module):
         bias = None if self.bias is None else self.bias[:, None, None]
         if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
             out = dynamic_conv2d(
-                x, gates[0], element, scale, local_input, spectrum, local_weight, self.fdw.gain_index,
+                x, gates[0], element, scale, local_input, spectrum, local_weight, self.fdw.gain_map(),
                 self.kernel_shape, self.stride, self.pads, self.dilation,
             )  # fmt: skip
             return out if bias is None else out + bias.to(out.dtype)
         else:
             inputs = Inputs(x, gates[0], element, scale, local_input, spectrum, local_weight)
             out = eager_conv2d(
-                inputs, self.fdw.gain_index, self.kernel_shape, self.stride, self.pads, self.dilation, channels_last,
+                inputs, self.fdw.gain_map(), self.kernel_shape, self.stride, self.pads, self.dilation, channels_last,
                 self.recompute,
             )  # fmt: skip
             return out if bias is None else out.add_(bias.to(out.dtype))

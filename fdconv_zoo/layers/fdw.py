@@ -9,15 +9,33 @@ What differs from the official code:
 - The spectrum is stored so that Parseval's theorem holds (norm of the parameter = norm of the weight). A step of SGD on
   it moves the weight exactly as a step on the weight would, so learning rates and weight decay carry over.
 - Any number of groups is allowed, also one that does not divide the number of coefficients.
-- Gains are gathered by a map of the grid instead of scattering coefficients group by group.
+- Gains are gathered by a map of the grid, eight neighbours at once, instead of scattering coefficients group by group.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .matmul_fft import inverse_rfft2
+
+# Neighbours of a row that are gathered at once: 2 to this power.
+TILE_LEVELS = 3
+
+
+class GainMap(NamedTuple):
+    """The gain of each coefficient. Neighbours mostly share a group, so few of a row's tiles of eight differ.
+
+    A look-up costs the same for a tile as for one number, and the map is an eighth as large.
+
+    Attributes:
+        index: Tile of each place, int32 (R, ceil((C//2+1) / 8)).
+        tiles: Gains of each tile, int32 (P, 8) into the 2n columns of :func:`gain_table`.
+    """
+
+    index: Tensor
+    tiles: Tensor
 
 
 def band_index(rows: int, columns: int, num_bands: int, official_order: bool = False) -> Tensor:
@@ -99,35 +117,46 @@ def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
     return torch.fft.irfft2(half, s=(spectrum.shape[0], columns), norm="ortho").to(spectrum.dtype)
 
 
-def gather_gains(gains: Tensor, inner_factor: float, gain_index: Tensor) -> Tensor:
-    """Picks a gain for every coefficient.
-
-    Args:
-        gains: Gain of each group (B, n).
-        inner_factor: Factor of the columns that are not their own mirror image.
-        gain_index: int32 map (R, C//2+1) into the 2n columns [gains, gains * inner_factor], see :class:`FDW`.
-
-    Returns:
-        Gains (B, R, C//2+1).
-    """
-    table = torch.cat([gains, gains * inner_factor], dim=1)
-    return table.index_select(1, gain_index.flatten()).view(-1, gain_index.shape[0], gain_index.shape[1])
+def make_gain_map(bands: Tensor, num_bands: int, columns: int) -> GainMap:
+    """Map from the groups of all coefficients, int32 (R, C//2+1); the last of a row is repeated to fill its tile."""
+    index = bands.long()
+    index[:, 1 : (columns + 1) // 2] += num_bands
+    missing = -index.shape[1] % 2**TILE_LEVELS
+    index = torch.cat([index, index[:, -1:].expand(-1, missing)], dim=1)
+    tiles = torch.arange(2 * num_bands, device=index.device)[:, None]
+    for _ in range(TILE_LEVELS):
+        pairs, index = torch.unique(index[:, ::2] * len(tiles) + index[:, 1::2], return_inverse=True)
+        tiles = torch.cat([tiles[pairs // len(tiles)], tiles[pairs % len(tiles)]], dim=1)
+    return GainMap(index.int(), tiles.int())
 
 
-def synthesize(spectrum: Tensor, gains: Tensor, gain_index: Tensor, columns: int) -> Tensor:
+def gain_table(gains: Tensor, inner_factor: float) -> Tensor:
+    """Gains (B, n) and their products with the factor of the columns that are not their own mirror image (B, 2n)."""
+    return torch.cat([gains, gains * inner_factor], dim=1)
+
+
+def gather_gains(table: Tensor, gain_map: GainMap, count: int) -> Tensor:
+    """Picks a gain for each of a row's `count` coefficients: of tables (B, 2n), gains (B, R, count)."""
+    index, tiles = gain_map.index, gain_map.tiles
+    by_tile = table.index_select(1, tiles.flatten()).view(-1, tiles.shape[0], tiles.shape[1])
+    rows = by_tile.index_select(1, index.flatten()).view(-1, index.shape[0], index.shape[1] * tiles.shape[1])
+    return rows[:, :, :count]
+
+
+def synthesize(spectrum: Tensor, gains: Tensor, gain_map: GainMap, columns: int) -> Tensor:
     """Weight matrices from one spectrum and the gains of its groups (Eq. 4-5).
 
     Args:
         spectrum: Parseval-scaled half spectrum (R, C//2+1, 2), float32 or float64.
         gains: Gain of each group for each sample (B, n), dtype of `spectrum`.
-        gain_index: int32 map (R, C//2+1) of the coefficients' groups, see :class:`FDW`.
+        gain_map: Which gain each coefficient takes.
         columns: Columns C of the weight matrix.
 
     Returns:
         Weight matrices (B, R, C).
     """
     # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
-    half = spectrum * gather_gains(gains, math.sqrt(0.5), gain_index).unsqueeze(-1)
+    half = spectrum * gather_gains(gain_table(gains, math.sqrt(0.5)), gain_map, columns // 2 + 1).unsqueeze(-1)
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             return inverse_rfft2(half, columns)
@@ -152,6 +181,7 @@ class FDW(nn.Module):
     """
 
     gain_index: Tensor
+    gain_tiles: Tensor
 
     def __init__(
         self,
@@ -171,6 +201,7 @@ class FDW(nn.Module):
         self.fan_in = fan_in or columns
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
+        self.register_buffer("gain_tiles", None, persistent=False)
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -183,14 +214,19 @@ class FDW(nn.Module):
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Recomputes the index after construction on the meta device (timm's and Hugging Face's protocol)."""
-        index = band_index(self.rows, self.columns, self.num_bands, self.official_order)
-        index[:, 1 : (self.columns + 1) // 2] += self.num_bands
-        self.gain_index = index.to(self.spectrum.device)
+        bands = band_index(self.rows, self.columns, self.num_bands, self.official_order)
+        index, tiles = make_gain_map(bands, self.num_bands, self.columns)
+        self.gain_index, self.gain_tiles = index.to(self.spectrum.device), tiles.to(self.spectrum.device)
+
+    def gain_map(self) -> GainMap:
+        """Which gain each coefficient takes."""
+        return GainMap(self.gain_index, self.gain_tiles)
 
     @torch.jit.ignore
     def band_index(self) -> Tensor:
         """Group of every coefficient, int32 (R, C//2+1)."""
-        return self.gain_index % self.num_bands
+        tiles = self.gain_tiles[self.gain_index] % self.num_bands
+        return tiles.flatten(1)[:, : self.columns // 2 + 1].contiguous()
 
     @torch.jit.ignore
     def matrix(self) -> Tensor:
@@ -215,7 +251,7 @@ class FDW(nn.Module):
     def forward(self, gains: Tensor) -> Tensor:
         """Weight matrices (B, R, C) for the gains (B, n) of B samples."""
         spectrum = self.exact_spectrum()
-        return synthesize(spectrum, gains.to(spectrum.dtype), self.gain_index, self.columns)
+        return synthesize(spectrum, gains.to(spectrum.dtype), self.gain_map(), self.columns)
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, columns={self.columns}, num_bands={self.num_bands}"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fdw import synthesize
+from .fdw import GainMap, synthesize
 from .ksm import local_logits
 
 
@@ -97,7 +97,7 @@ def dynamic_conv2d(
     local_input: Tensor | None,
     spectrum: Tensor,
     local_weight: Tensor | None,
-    gain_index: Tensor,
+    gain_map: GainMap,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
@@ -113,7 +113,7 @@ def dynamic_conv2d(
         local_input: Input of the dense gate (B, Cin), or None.
         spectrum: Parseval-scaled half spectrum (R, C//2+1, 2).
         local_weight: Convolution weight (Cout*kh*kw, 1, t) of the dense gate, or None.
-        gain_index: int32 map (R, C//2+1) of :class:`~fdconv_zoo.layers.fdw.FDW`.
+        gain_map: Which gain each coefficient takes.
         kernel_size: (kh, kw).
         stride: Vertical and horizontal stride.
         padding: Zeros (left, right, top, bottom).
@@ -123,8 +123,8 @@ def dynamic_conv2d(
         Output (B, Cout, Hout, Wout), dtype of `x`.
     """
     kh, kw = kernel_size[0], kernel_size[1]
-    rows, columns = gain_index.shape[0], x.shape[1] * kw
-    weight = synthesize(spectrum, bands, gain_index, columns)
+    rows, columns = gain_map.index.shape[0], x.shape[1] * kw
+    weight = synthesize(spectrum, bands, gain_map, columns)
     if local_input is not None and local_weight is not None:
         weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
     weight = element_gated(weight, element).to(x.dtype).view(x.shape[0], rows // kh, kh * columns)

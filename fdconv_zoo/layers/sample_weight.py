@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .fdw import GainMap
 from .ksm import channel_taps, channel_taps_adjoint
 from .transform import adjoint, row_blocks, transform
 
@@ -62,25 +63,25 @@ class SampleWeight:
     taps: Tensor | None
 
     @classmethod
-    def make(cls, inputs: Inputs, bank: Tensor | None, gain_index: Tensor, columns: int, keep: bool) -> "SampleWeight":
+    def make(cls, inputs: Inputs, bank: Tensor | None, gain_map: GainMap, columns: int, keep: bool) -> "SampleWeight":
         """Makes the weights, in blocks of rows.
 
         Args:
             inputs: Those of the chunk.
             bank: Weight matrix of each group (n, R, C) to mix instead of transforming the spectrum, or None.
-            gain_index: int32 map (R, C//2+1) of the coefficients' groups.
+            gain_map: Which gain each coefficient takes.
             columns: C.
             keep: Keeps what the backward pass needs.
         """
         bands, element, batch = inputs.bands, inputs.element, len(inputs.bands)
         if bank is None:
-            gated = transform(inputs.spectrum, bands, gain_index, columns)
+            gated = transform(inputs.spectrum, bands, gain_map, columns)
         else:
             gated = (bands @ bank.flatten(1)).view(batch, -1, columns)
         if inputs.local_weight is None:
             return cls(gated, None, None)
         taps = channel_taps(inputs.local_input, inputs.local_weight.shape[2], columns // inputs.local_input.shape[1])
-        filters = filters_of(inputs.local_weight, len(gain_index), batch)
+        filters = filters_of(inputs.local_weight, len(gain_map.index), batch)
         gate = torch.empty_like(gated) if keep else None
         for block in row_blocks(gated, element.shape[1] // columns):
             part = torch.bmm(filters[:, block], taps).sigmoid_()
@@ -95,7 +96,7 @@ class SampleWeight:
         grad_element: Tensor | None,
         inputs: Inputs,
         bank: Tensor | None,
-        gain_index: Tensor,
+        gain_map: GainMap,
         kernel_width: int,
         grad_source: Tensor | None,
         grad_filters: Tensor | None,
@@ -107,7 +108,7 @@ class SampleWeight:
             grad_element: Gradient of the element gate where it gated the input, or None: it gated the weight.
             inputs: As for :meth:`make`.
             bank: As for :meth:`make`.
-            gain_index: As for :meth:`make`.
+            gain_map: As for :meth:`make`.
             kernel_width: kw.
             grad_source: Gradient of the spectrum or the bank to add to, or None.
             grad_filters: Gradient of the local weight to add to, as (R, kw*t), or None.
@@ -123,7 +124,7 @@ class SampleWeight:
             grad_scale, grad_taps = self._ungate(grad, inputs, grad_filters)
             grad_local_input = channel_taps_adjoint(grad_taps, kernel_width)
         if bank is None:
-            grad_bands = adjoint(grad, inputs.spectrum, bands, gain_index, grad_source)
+            grad_bands = adjoint(grad, inputs.spectrum, bands, gain_map, grad_source)
         else:
             flat = grad.flatten(1)
             grad_bands = flat @ bank.flatten(1).mT

@@ -39,7 +39,7 @@ def layer_arguments(layer, x):
     spectrum = layer.fdw.exact_spectrum()
     bands, *_ = layer.ksm(x.mean((2, 3)))[0]
     inputs = (x, bands.detach(), None, None, None, spectrum.detach().requires_grad_(), None)
-    return *inputs, layer.fdw.gain_index, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    return *inputs, *layer.fdw.gain_map(), layer.kernel_size, layer.stride, layer.padding, layer.dilation
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -27,12 +27,12 @@ def test_the_output_may_be_changed_in_place(kernel_size, size, samples, recomput
 
 def test_the_traceable_form_has_second_derivatives():
     layer = FDConv2d(3, 4, 3, padding=1, num_bands=2, dtype=torch.float64)
-    spectrum, index = layer.fdw.spectrum, layer.fdw.gain_index
+    spectrum, gain_map = layer.fdw.spectrum, layer.fdw.gain_map()
     x, bands = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64)
 
     def function(x, bands, spectrum):
         geometry = (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
-        return dynamic_conv2d(x, bands, None, None, None, spectrum, None, index, *geometry)
+        return dynamic_conv2d(x, bands, None, None, None, spectrum, None, gain_map, *geometry)
 
     inputs = [tensor.detach().requires_grad_() for tensor in (x, bands, spectrum)]
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -52,7 +52,7 @@ def test_a_backward_pass_inside_of_autocast_stays_in_float32():
 def test_large_patches_are_not_unfolded():
     layer = FDConv2d(18, 20, 3, padding=1, num_bands=4)
     inputs = eager.Inputs(torch.randn(8, 18, 40, 40), torch.ones(8, 4), None, None, None, layer.fdw.spectrum, None)
-    plan = eager.Plan.make(inputs, layer.fdw.gain_index, (3, 3), (1, 1), (1, 1), (1, 1), channels_last=True)
+    plan = eager.Plan.make(inputs, layer.fdw.gain_map(), (3, 3), (1, 1), (1, 1), (1, 1), channels_last=True)
     assert plan.chunk > 1
     assert plan.geometry.by_groups
 

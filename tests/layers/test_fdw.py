@@ -10,6 +10,8 @@ from fdconv_zoo.layers.fdw import (
     band_index,
     column_scale,
     from_spectrum,
+    gain_table,
+    gather_gains,
     matrix_to_weight,
     to_spectrum,
     weight_to_matrix,
@@ -147,6 +149,16 @@ def test_sgd_on_the_spectrum_is_sgd_on_the_weight(columns, options):
     assert (weight - target).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("size", [(12, 34), (5, 15), (3, 1), (1, 2), (96, 384)])
+def test_each_coefficient_takes_the_gain_of_its_group(size):
+    rows, columns = size
+    fdw = FDW(rows, columns, min(9, rows * (columns // 2 + 1)))
+    gains = torch.rand(2, fdw.num_bands)
+    found = gather_gains(gain_table(gains, 3), fdw.gain_map(), columns // 2 + 1)
+    inner = torch.where(column_scale(columns) > 1, 3, 1)
+    assert torch.equal(found, gains[:, band_index(rows, columns, fdw.num_bands).long()] * inner)
+
+
 def test_column_scale_knows_which_columns_are_their_own_mirror_image():
     root = 2**0.5
     assert column_scale(1).tolist() == [1]
@@ -164,7 +176,9 @@ def test_the_index_survives_construction_on_the_meta_device(official_order):
         assert fdw.gain_index.is_meta
         fdw.to_empty(device="cpu")
         fdw.gain_index.fill_(-1)
+        fdw.gain_tiles.fill_(-1)
         fdw.init_non_persistent_buffers()
         assert torch.equal(fdw.gain_index, real.gain_index)
+        assert torch.equal(fdw.gain_tiles, real.gain_tiles)
     assert list(real.state_dict()) == ["spectrum"]
     assert torch.equal(real.band_index(), band_index(12, 10, 7, official_order))
