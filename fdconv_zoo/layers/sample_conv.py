@@ -3,7 +3,6 @@
 The weights are matrices (B, R, C) with R = Cout*kh and C = Cin*kw, as the Fourier transform yields them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -72,19 +71,14 @@ class SampleConv:
         if (kh, kw) == (1, 1):
             patches = padded[:, :, ::down, ::right]
         else:
-            patches = x.new_empty(len(x), kh, x.shape[1], kw, *self.size)
-            for i, j, rows, columns in self._places():
-                patches[:, i, :, j] = padded[:, :, rows, columns]
+            # One view, copied once: a kernel's place is as far from the next one as dilation times a pixel.
+            samples, channels, rows, columns = padded.stride()
+            strides = samples, rows * geometry.dilation[0], channels, columns * geometry.dilation[1]
+            patches = padded.as_strided(
+                (len(x), kh, x.shape[1], kw, *self.size), (*strides, rows * down, columns * right)
+            )
         self.patches = patches.reshape(len(x), -1, self.size[0] * self.size[1])
         self.operand = self.patches if self.element is None else self.patches * self.element[:, :, None]
-
-    def _places(self) -> Iterator[tuple[int, int, slice, slice]]:
-        """Row and column in the kernel, and the rows and columns of the padded map that they meet."""
-        (kh, kw), geometry = self.geometry.kernel_size, self.geometry
-        for i, j in product(range(kh), range(kw)):
-            top, left = i * geometry.dilation[0], j * geometry.dilation[1]
-            bottom, right = top + self.size[0] * geometry.stride[0], left + self.size[1] * geometry.stride[1]
-            yield i, j, slice(top, bottom, geometry.stride[0]), slice(left, right, geometry.stride[1])
 
     def _groups(self, maps: Tensor) -> Tensor:
         """Maps (B, C, H, W) as the groups of one sample."""
@@ -154,12 +148,15 @@ class SampleConv:
 
     def _fold(self, patches: Tensor) -> Tensor:
         """Adjoint of taking patches: sums (B, kh*Cin*kw, Hout*Wout) into (B, Cin, H, W)."""
-        (kh, kw), (top, left), stride = self.geometry.kernel_size, self.geometry.padding, self.geometry.stride
+        (kh, kw), (top, left) = self.geometry.kernel_size, self.geometry.padding
+        stride, dilation = self.geometry.stride, self.geometry.dilation
         if (kh, kw, top, left, *stride) == (1, 1, 0, 0, 1, 1):
             return patches.unflatten(2, self.size)
         patches = patches.reshape(len(self.x), kh, -1, kw, *self.size)
         shape = (*self.x.shape[:2], self.x.shape[2] + 2 * top, self.x.shape[3] + 2 * left)
         out = patches.new_zeros(shape)
-        for i, j, rows, columns in self._places():
-            out[:, :, rows, columns] += patches[:, i, :, j]
+        for i, j in product(range(kh), range(kw)):
+            rows = slice(i * dilation[0], i * dilation[0] + self.size[0] * stride[0], stride[0])
+            columns = slice(j * dilation[1], j * dilation[1] + self.size[1] * stride[1], stride[1])
+            out[:, :, rows, columns].add_(patches[:, i, :, j])
         return out[:, :, top : shape[2] - top, left : shape[3] - left]

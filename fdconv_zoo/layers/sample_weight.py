@@ -42,6 +42,9 @@ class Inputs(NamedTuple):
 
     def chunks(self, size: int) -> Iterator["Inputs"]:
         """Inputs of chunks of `size` samples."""
+        if size >= len(self.x):
+            yield self
+            return
         for start in range(0, len(self.x), size):
             rows = slice(start, start + size)
             batched = (None if tensor is None else tensor[rows] for tensor in self[:5])
@@ -85,7 +88,7 @@ class SampleWeight:
         gate = torch.empty_like(gated) if keep else None
         for block in row_blocks(gated, element.shape[1] // columns):
             part = torch.bmm(filters[:, block], taps).sigmoid_()
-            gated[:, block] *= part
+            gated[:, block].mul_(part)
             if keep:
                 gate[:, block] = part
         return cls(gated, gate, taps)
@@ -145,7 +148,7 @@ class SampleWeight:
             outputs = slice(block.start // kernel_height, block.stop // kernel_height)
             grad_scale[:, outputs] = products.view(batch, -1, kernel_height * columns).sum(2)
             logits = products.addcmul_(products, gate, value=-1)  # the sigmoid's slope times its gradient over scale
-            grad_filters[block] += (torch.bmm(logits, self.taps.mT) * scale).sum(0)
+            grad_filters[block].add_((torch.bmm(logits, self.taps.mT) * scale).sum(0))
             grad_taps += torch.bmm(scaled_filters[:, block].mT, logits)
             part.mul_(gate).mul_(scale)
         return grad_scale, grad_taps

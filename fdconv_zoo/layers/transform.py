@@ -65,7 +65,7 @@ def transform_packed(spectrum: Tensor, gains: Tensor, gain_map: GainMap) -> Tens
         for block in row_blocks(coefficients[None]):
             gathered = padded[:rows][block].view(-1, tiles.shape[1])
             torch.index_select(sample_table, 0, index[block].flatten(), out=gathered)
-            half[:rows][block] *= coefficients[block]
+            half[:rows][block].mul_(coefficients[block])
         half[rows] = half[0]  # row -u is then row R-u for all u
         # Columns 0 and M are their own mirror images; as everywhere, what is not Hermitian in them has no effect.
         mirrored = half[:, ::half_columns]
