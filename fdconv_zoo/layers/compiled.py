@@ -22,14 +22,21 @@ def make_plan(inputs: Inputs, gain_map: GainMap, geometry: tuple[list[int], ...]
     return Plan.make(inputs, gain_map, *(tuple(pair) for pair in geometry), channels_last)
 
 
-@torch.library.custom_op("fdconv_zoo::conv2d", mutates_args=(), schema=f"({INPUTS}, {GEOMETRY}) -> Tensor")
+# Registered with the dispatcher itself: torch.library.custom_op checks every argument on every call, in Python.
+torch.library.define("fdconv_zoo::conv2d", f"({INPUTS}, {GEOMETRY}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(
+    "fdconv_zoo::conv2d_backward", f"(Tensor grad, {INPUTS}, {GEOMETRY}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+@torch.library.impl("fdconv_zoo::conv2d", "CompositeExplicitAutograd")
 def conv2d(*arguments: object) -> Tensor:
     """:func:`~fdconv_zoo.layers.eager.forward_pass`."""
     inputs, gain_map, geometry, channels_last = split(arguments)
     return forward_pass(make_plan(inputs, gain_map, geometry, channels_last), gain_map, inputs)[0]
 
 
-@conv2d.register_fake
+@torch.library.register_fake("fdconv_zoo::conv2d")
 def _(*arguments: object) -> Tensor:
     inputs, gain_map, geometry, channels_last = split(arguments)
     size = output_size(inputs.x.shape[2:], *geometry)
@@ -37,9 +44,7 @@ def _(*arguments: object) -> Tensor:
     return torch.empty(shape, dtype=inputs.x.dtype, device=inputs.x.device, memory_format=memory_format(channels_last))
 
 
-@torch.library.custom_op(
-    "fdconv_zoo::conv2d_backward", mutates_args=(), schema=f"(Tensor grad, {INPUTS}, {GEOMETRY}) -> Tensor[]"
-)
+@torch.library.impl("fdconv_zoo::conv2d_backward", "CompositeExplicitAutograd")
 def conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
     """:func:`~fdconv_zoo.layers.eager.backward_pass`, for the inputs that are not None."""
     inputs, gain_map, geometry, channels_last = split(arguments)
@@ -52,7 +57,7 @@ def conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
     ]
 
 
-@conv2d_backward.register_fake
+@torch.library.register_fake("fdconv_zoo::conv2d_backward")
 def _(grad: Tensor, *arguments: object) -> list[Tensor]:
     inputs, _, _, channels_last = split(arguments)
     return [
@@ -81,4 +86,4 @@ def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Te
     return *(None if tensor is None else next(grads) for tensor in saved[:7]), *unused
 
 
-conv2d.register_autograd(backward, setup_context=setup_context)
+torch.library.register_autograd("fdconv_zoo::conv2d", backward, setup_context=setup_context)

@@ -54,28 +54,27 @@ def transform_packed(spectrum: Tensor, gains: Tensor, gain_map: GainMap) -> Tens
     """
     rows, half_columns = len(spectrum), spectrum.shape[1] - 1
     index, tiles = gain_map
-    table = complex_table(gains * math.sqrt(0.5), math.sqrt(0.5))  # with the 1/sqrt(2) of Z
-    table = table.index_select(1, tiles.flatten()).view(-1, *tiles.shape)
-    angle = torch.arange(half_columns, device=spectrum.device, dtype=torch.float64) * (math.pi / half_columns)
-    turn = torch.polar(torch.ones_like(angle), angle)
-    near, far = (1 + 1j * turn).to(table.dtype), (-1j - turn).to(table.dtype)
-    coefficients, padded = torch.view_as_complex(spectrum), table.new_empty(rows + 1, index.shape[1] * tiles.shape[1])
-    half, weights = padded[:, : half_columns + 1], []
+    table = complex_table(gains, math.sqrt(0.5)).index_select(1, tiles.flatten()).view(-1, *tiles.shape)
+    angle = torch.arange(half_columns, device=gains.device, dtype=gains.dtype) * (math.pi / half_columns)
+    turn = torch.polar(torch.full_like(angle, math.sqrt(0.5)), angle)
+    near, far = 1j * turn + math.sqrt(0.5), -1j * math.sqrt(0.5) - turn
+    padded = table.new_empty(rows + 1, index.shape[1] * tiles.shape[1])
+    half, places, weights = padded[:, : half_columns + 1], index.flatten(), []
+    body, gathered = half[:rows], padded[:rows].view(-1, tiles.shape[1])
     for sample_table in table:
-        for block in row_blocks(coefficients[None]):
-            gathered = padded[:rows][block].view(-1, tiles.shape[1])
-            torch.index_select(sample_table, 0, index[block].flatten(), out=gathered)
-            half[:rows][block].mul_(coefficients[block])
+        torch.index_select(sample_table, 0, places, out=gathered)
+        body.mul_(torch.view_as_complex(spectrum))
         half[rows] = half[0]  # row -u is then row R-u for all u
         # Columns 0 and M are their own mirror images; as everywhere, what is not Hermitian in them has no effect.
         mirrored = half[:, ::half_columns]
         # A lazy conj() is lost in operators that torch.compile calls.
-        mirrored.copy_((mirrored + mirrored.flip(0).conj_physical_()) / 2)
+        mirrored.add_(mirrored.flip(0).conj_physical_()).div_(2)
         # Turned round with real and imaginary parts exchanged, which is i times the conjugate.
         turned = torch.view_as_real(half[1:, 1:]).flatten(1).flip(0, 1).view(rows, half_columns, 2)
-        packed = torch.view_as_complex(turned).mul_(far).addcmul_(half[:rows, :half_columns], near)
-        weights.append(torch.view_as_real(torch.fft.ifft2(packed, norm="ortho")).flatten(1))
-    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+        packed = torch.view_as_complex(turned).mul_(far).addcmul_(body[:, :half_columns], near)
+        weights.append(torch.fft.ifft2(packed, norm="ortho"))
+    complex_weights = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+    return torch.view_as_real(complex_weights).flatten(2)
 
 
 def adjoint(grad: Tensor, spectrum: Tensor, gains: Tensor, gain_map: GainMap, grad_spectrum: Tensor | None) -> Tensor:
