@@ -6,7 +6,7 @@ Inductor has no kernels for complex numbers, and unrolling the samples would mak
 import torch
 from torch import Tensor
 
-from .eager import Inputs, Plan, backward_pass, forward_pass, memory_format
+from .eager import NO_SECOND_DERIVATIVES, Inputs, Plan, backward_pass, forward_pass, memory_format
 from .fdw import GainMap
 from .sample_conv import output_size
 
@@ -22,29 +22,20 @@ def make_plan(inputs: Inputs, gain_map: GainMap, geometry: tuple[list[int], ...]
     return Plan.make(inputs, gain_map, *(tuple(pair) for pair in geometry), channels_last)
 
 
-# Registered with the dispatcher itself: torch.library.custom_op checks every argument on every call, in Python.
-torch.library.define("fdconv_zoo::conv2d", f"({INPUTS}, {GEOMETRY}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    "fdconv_zoo::conv2d_backward", f"(Tensor grad, {INPUTS}, {GEOMETRY}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
-)
-
-
-@torch.library.impl("fdconv_zoo::conv2d", "CompositeExplicitAutograd")
 def conv2d(*arguments: object) -> Tensor:
     """:func:`~fdconv_zoo.layers.eager.forward_pass`."""
     inputs, gain_map, geometry, channels_last = split(arguments)
     return forward_pass(make_plan(inputs, gain_map, geometry, channels_last), gain_map, inputs)[0]
 
 
-@torch.library.register_fake("fdconv_zoo::conv2d")
-def _(*arguments: object) -> Tensor:
+def fake_conv2d(*arguments: object) -> Tensor:
+    """Empty tensor in the shape and memory format of the output."""
     inputs, gain_map, geometry, channels_last = split(arguments)
     size = output_size(inputs.x.shape[2:], *geometry)
     shape = (inputs.x.shape[0], gain_map.index.shape[0] // geometry[0][0], *size)
     return torch.empty(shape, dtype=inputs.x.dtype, device=inputs.x.device, memory_format=memory_format(channels_last))
 
 
-@torch.library.impl("fdconv_zoo::conv2d_backward", "CompositeExplicitAutograd")
 def conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
     """:func:`~fdconv_zoo.layers.eager.backward_pass`, for the inputs that are not None."""
     inputs, gain_map, geometry, channels_last = split(arguments)
@@ -57,8 +48,8 @@ def conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
     ]
 
 
-@torch.library.register_fake("fdconv_zoo::conv2d_backward")
-def _(grad: Tensor, *arguments: object) -> list[Tensor]:
+def fake_conv2d_backward(grad: Tensor, *arguments: object) -> list[Tensor]:
+    """Empty tensors in the shapes and memory formats of the gradients."""
     inputs, _, _, channels_last = split(arguments)
     return [
         torch.empty_like(value, memory_format=memory_format(channels_last and value.dim() == 4))
@@ -86,4 +77,21 @@ def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Te
     return *(None if tensor is None else next(grads) for tensor in saved[:7]), *unused
 
 
-torch.library.register_autograd("fdconv_zoo::conv2d", backward, setup_context=setup_context)
+def refuse(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor]) -> None:
+    """Raises a RuntimeError: there are no second derivatives."""
+    raise RuntimeError(NO_SECOND_DERIVATIVES)
+
+
+# With the dispatcher itself: torch.library.custom_op checks all arguments in Python, a tenth of a millisecond a call.
+# A second import of the package, by autoreload or a test runner, keeps the operators of the first.
+if not hasattr(torch.ops.fdconv_zoo, "conv2d"):
+    for kernel, fake, schema in (
+        (conv2d, fake_conv2d, f"({INPUTS}, {GEOMETRY}) -> Tensor"),
+        (conv2d_backward, fake_conv2d_backward, f"(Tensor grad, {INPUTS}, {GEOMETRY}) -> Tensor[]"),
+    ):
+        name = f"fdconv_zoo::{kernel.__name__}"
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", kernel)
+        torch.library.register_fake(name, fake)
+    torch.library.register_autograd("fdconv_zoo::conv2d", backward, setup_context=setup_context)
+    torch.library.register_autograd("fdconv_zoo::conv2d_backward", refuse)

@@ -28,6 +28,11 @@ BANK_LIMIT = 1 << 22
 # Below this many output places, a matrix product costs less than a convolution of weights that are new every time.
 MATMUL_PLACES = 1024
 
+NO_SECOND_DERIVATIVES = (
+    "FDConv has no second derivatives in eager mode and under torch.compile (create_graph=True); its traceable form "
+    "has: fdconv_zoo.layers.functional.dynamic_conv2d"
+)
+
 # glibc gives a freed block back to the system where it is larger than the largest one freed before, 32 MiB at most, and
 # the next weight is then made of fresh pages: a quarter of the time of a ResNet-50 on a CPU. This one is never touched.
 torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
@@ -189,10 +194,7 @@ class _DynamicConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "FDConv has no second derivatives in eager mode (create_graph=True); its traceable form has: "
-                "fdconv_zoo.layers.functional.dynamic_conv2d"
-            )
+            raise RuntimeError(NO_SECOND_DERIVATIVES)
         index, tiles, *tensors = ctx.saved_tensors
         inputs, kept = Inputs(*tensors[:7]), tensors[7:]
         weights = None if ctx.recompute else [SampleWeight(*kept[i : i + 3]) for i in range(0, len(kept), 3)]

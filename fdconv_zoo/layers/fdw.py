@@ -25,13 +25,13 @@ TILE_LEVELS = 3
 
 
 class GainMap(NamedTuple):
-    """The gain of each coefficient. Neighbours mostly share a group, so few of a row's tiles of eight differ.
+    """The gain of each coefficient. Neighbours mostly share a group, so a map has few distinct tiles of eight.
 
     A look-up costs the same for a tile as for one number, and the map is an eighth as large.
 
     Attributes:
-        index: Tile of each place, int32 (R, ceil((C//2+1) / 8)).
-        tiles: Gains of each tile, int32 (P, 8) into the 2n columns of :func:`gain_table`.
+        index: Tile of each eight neighbours of a row, int32 (R, ceil((C//2+1) / 8)).
+        tiles: Where in the 2n columns of :func:`gain_table` the gains of each distinct tile are, int32 (P, 8).
     """
 
     index: Tensor
@@ -120,7 +120,8 @@ def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
 def make_gain_map(bands: Tensor, num_bands: int, columns: int) -> GainMap:
     """Map from the groups of all coefficients, int32 (R, C//2+1), of a matrix of `columns` columns.
 
-    Neighbours that differ are numbered in pairs, then pairs of pairs. The last of a row is repeated to fill its tile.
+    The distinct pairs of neighbours are numbered, then the distinct pairs of those, and again. The last coefficient
+    of a row is repeated to fill its tile.
     """
     index = bands.long()
     index[:, 1 : (columns + 1) // 2] += num_bands
@@ -139,7 +140,7 @@ def gain_table(gains: Tensor, inner_factor: float) -> Tensor:
 
 
 def gather_gains(table: Tensor, gain_map: GainMap, count: int) -> Tensor:
-    """Picks a gain for each of a row's `count` coefficients: of tables (B, 2n), gains (B, R, count)."""
+    """Gain of each of a row's `count` coefficients: tables (B, 2n) to gains (B, R, count), a view."""
     index, tiles = gain_map.index, gain_map.tiles
     by_tile = table.index_select(1, tiles.flatten()).view(-1, tiles.shape[0], tiles.shape[1])
     rows = by_tile.index_select(1, index.flatten()).view(-1, index.shape[0], index.shape[1] * tiles.shape[1])
@@ -209,14 +210,14 @@ class FDW(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Recomputes the index and initialises the weight matrix as nn.Conv2d and nn.Linear do."""
+        """Recomputes the gain map and initialises the weight matrix as nn.Conv2d and nn.Linear do."""
         self.init_non_persistent_buffers()
         bound = self.fan_in**-0.5
         self.set_matrix(torch.empty(self.rows, self.columns, device=self.spectrum.device).uniform_(-bound, bound))
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Recomputes the index after construction on the meta device (timm's and Hugging Face's protocol)."""
+        """Recomputes the gain map after construction on the meta device (timm's and Hugging Face's protocol)."""
         bands = band_index(self.rows, self.columns, self.num_bands, self.official_order)
         index, tiles = make_gain_map(bands, self.num_bands, self.columns)
         self.gain_index, self.gain_tiles = index.to(self.spectrum.device), tiles.to(self.spectrum.device)

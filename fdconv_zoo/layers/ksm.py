@@ -38,7 +38,7 @@ def channel_taps(pooled: Tensor, num_taps: int, kernel_width: int) -> Tensor:
     """
     batch, channels = pooled.shape[0], pooled.shape[1]
     padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
-    taps = padded.unfold(1, channels, 1)
+    taps = padded.unfold(1, channels, 1).contiguous()
     if kernel_width > 1:
         blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
         taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
@@ -53,7 +53,7 @@ def channel_taps_adjoint(grad: Tensor, kernel_width: int) -> Tensor:
     padded = grad.new_zeros(batch, channels + taps - 1)
     for t in range(taps):
         padded[:, t : t + channels].add_(grad[:, t])
-    return padded[:, taps // 2 : taps // 2 + channels]
+    return padded[:, taps // 2 : taps // 2 + channels].clone(memory_format=torch.contiguous_format)
 
 
 def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:

@@ -130,7 +130,7 @@ class SampleConv:
         if self.operand is None:
             shape = (batch * rows // kh, self.x.shape[1], kh, kw)
             kernels = self._gradients(grad, grad.new_empty(1).expand(shape), (False, True))[1]
-            return kernels.view(batch, -1, *shape[1:]).transpose(2, 3).reshape(batch, rows, -1)
+            return kernels.view(batch, -1, *shape[1:]).transpose(2, 3).reshape(batch, rows, -1).contiguous()
         return torch.bmm(grad.flatten(2), self.operand.mT).view(batch, rows, -1)
 
     def grad_input(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:

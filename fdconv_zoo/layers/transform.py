@@ -56,6 +56,7 @@ def transform_packed(spectrum: Tensor, gains: Tensor, gain_map: GainMap) -> Tens
     index, tiles = gain_map
     table = complex_table(gains, math.sqrt(0.5)).index_select(1, tiles.flatten()).view(-1, *tiles.shape)
     angle = torch.arange(half_columns, device=gains.device, dtype=gains.dtype) * (math.pi / half_columns)
+    # The factors hold the 1/sqrt(2) of Z; that of the table is Parseval's.
     turn = torch.polar(torch.full_like(angle, math.sqrt(0.5)), angle)
     near, far = 1j * turn + math.sqrt(0.5), -1j * math.sqrt(0.5) - turn
     padded = table.new_empty(rows + 1, index.shape[1] * tiles.shape[1])

@@ -1,11 +1,13 @@
 """The operators of torch.compile against the eager layers that they stand for."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import compiled  # noqa: F401  registers the operators
+from fdconv_zoo.layers import compiled
 from tests.compare import randomise, relative_error
 
 
@@ -60,3 +62,17 @@ def test_large_weights_are_compiled_as_in_eager_mode():
     x = torch.randn(2, 16, 96)
     with torch.no_grad():
         assert relative_error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 1e-6
+
+
+def test_second_derivatives_are_refused():
+    layer = torch.compile(randomise(FDConv2d(18, 20, 3, num_bands=4)), fullgraph=True, backend="eager")
+    x = torch.randn(2, 18, 6, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+def test_a_second_import_keeps_the_operators():
+    operator = torch.ops.fdconv_zoo.conv2d
+    importlib.reload(compiled)
+    assert torch.ops.fdconv_zoo.conv2d is operator

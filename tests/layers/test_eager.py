@@ -57,6 +57,16 @@ def test_large_patches_are_not_unfolded():
     assert plan.geometry.by_groups
 
 
+def test_one_filter_of_one_column_on_a_large_map(monkeypatch):
+    layer = randomise(FDConv2d(8, 1, (3, 1), padding=(1, 0), num_bands=4, dtype=torch.float64))
+    x = torch.randn(2, 8, 40, 40, dtype=torch.float64)
+    found = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    monkeypatch.setattr(eager, "MATMUL_PLACES", 1 << 30)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
 def test_subclasses_are_refused():
     with pytest.raises(ValueError, match="Conv2dSame"):
         FDConv2d.from_conv(timm.layers.Conv2dSame(20, 20, 3, stride=2))
