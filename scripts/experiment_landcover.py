@@ -46,12 +46,12 @@ DEFAULT_VARIANTS = ["static", "fdconv"]
 def create_model(variant: str, seed: int) -> nn.Module:
     """Return UPerNet on a narrow ResNet for (B, 3, T, T) images, logits (B, 8, T, T).
 
-    The FDConv variants replace layers of the backbone only, as the paper does; `fdconv_decoder` the decoder's too.
+    All variants of a seed start as the same function. FDConv replaces layers of the backbone only, as the paper does;
+    in `fdconv_decoder` the decoder's too.
     """
     torch.manual_seed(seed)
-    options: dict[str, Any] = {} if variant == "static" else {"num_bands": NUM_BANDS, **VARIANTS[variant]}
     model = smp.UPerNet(
-        "tu-resnet18" if variant == "static" else "tu-resnet18_fdconv",
+        "tu-resnet18",
         encoder_weights=None,
         decoder_channels=48,
         classes=len(GROUPS),
@@ -60,9 +60,12 @@ def create_model(variant: str, seed: int) -> nn.Module:
         # a stem as narrow as the first stage; the usual 64 channels would be the widest layer
         stem_type="deep",
         stem_width=CHANNELS[0] // 2,
-        **options,
     )
-    return convert_to_fdconv(model, num_bands=NUM_BANDS) if variant == "fdconv_decoder" else model
+    if variant == "static":
+        return model
+    parts = ("encoder.", "decoder.") if variant == "fdconv_decoder" else ("encoder.",)
+    options = {"num_bands": NUM_BANDS, **VARIANTS[variant]}
+    return convert_to_fdconv(model, include=lambda name, layer: name.startswith(parts), **options)
 
 
 @torch.no_grad()

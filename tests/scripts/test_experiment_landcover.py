@@ -113,6 +113,13 @@ def test_fdconv_is_in_the_backbone_only(variant):
     assert {layer.fdw.num_bands for layer in layers.values()} <= {16 if variant == "fdconv_16_bands" else 64}
 
 
+@torch.no_grad()
+def test_variants_of_a_seed_start_as_the_same_function():
+    x = torch.rand(1, 3, 96, 96)
+    static, fdconv = (create_model(variant, 0).eval() for variant in ("static", "fdconv_decoder"))
+    torch.testing.assert_close(fdconv(x), static(x), rtol=1e-4, atol=1e-5)
+
+
 def test_the_decoder_is_converted_on_request():
     names = [name for name, _ in named_fd_layers(create_model("fdconv_decoder", 0))]
     assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
