@@ -97,12 +97,14 @@ def test_inductor(name, kwargs):
 @every_model
 @torch.no_grad()
 def test_exported_program(name, kwargs, tmp_path):
-    model = build(name, kwargs)
-    program = torch.export.export(model, (inputs(name)[0],), dynamic_shapes=(free_dimensions(name),))
+    """In float64: a ResNet-18 that no image has trained makes errors of 1e-4 out of float32's rounding."""
+    model = build(name, kwargs).double()
+    images = [x.double() for x in inputs(name)]
+    program = torch.export.export(model, (images[0],), dynamic_shapes=(free_dimensions(name),))
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for x in inputs(name):
-        assert relative_error(loaded(x), model(x)) < 1e-4
+    for x in images:
+        assert relative_error(loaded(x), model(x)) < 1e-9
 
 
 @onnx_models
