@@ -27,7 +27,7 @@ TILE_LEVELS = 3
 class GainMap(NamedTuple):
     """The gain of each coefficient. Neighbours mostly share a group, so a map has few distinct tiles of eight.
 
-    A look-up costs the same for a tile as for one number, and the map is an eighth as large.
+    A look-up costs little more for a tile than for one number, and the map is an eighth as large.
 
     Attributes:
         index: Tile of each eight neighbours of a row, int32 (R, ceil((C//2+1) / 8)).
