@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers import FDW
-from fdconv_zoo.layers.fbm import FBM, grid_low_passes, low_passes
+from fdconv_zoo.layers.band_filters import grid_low_passes, low_passes
+from fdconv_zoo.layers.fbm import FBM
 from fdconv_zoo.layers.ksm import local_logits
 
 Layer = FDConv2d | FDLinear

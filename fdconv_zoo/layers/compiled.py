@@ -1,11 +1,13 @@
-"""The eager convolution as operators of torch.compile, which fuses what is around them.
+"""The eager convolution and FBM as operators of torch.compile, which fuses what is around them.
 
-Inductor has no kernels for complex numbers, and unrolling the samples would make graphs that take minutes to compile.
+Inductor has no kernels for complex numbers, and unrolling samples and bands would make graphs that take minutes to
+compile.
 """
 
 import torch
 from torch import Tensor
 
+from . import eager_fbm
 from .eager import NO_SECOND_DERIVATIVES, Inputs, Plan, backward_pass, forward_pass, memory_format
 from .fdw import GainMap
 from .sample_conv import output_size
@@ -77,10 +79,54 @@ def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Te
     return *(None if tensor is None else next(grads) for tensor in saved[:7]), *unused
 
 
-def refuse(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor]) -> None:
+def refuse(ctx: torch.autograd.function.FunctionCtx, *grads: object) -> None:
     """Raises a RuntimeError: there are no second derivatives."""
     raise RuntimeError(NO_SECOND_DERIVATIVES)
 
+
+def modulate_bands(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None) -> Tensor:
+    """:func:`~fdconv_zoo.layers.eager_fbm.forward_pass`; the cutoffs are numerators and denominators in one list."""
+    return eager_fbm.forward_pass(x, weight, bias, fractions(cutoffs), mask_grid)
+
+
+def fake_modulate_bands(x: Tensor, *arguments: object) -> Tensor:
+    """Empty tensor in the shape of the output."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def modulate_bands_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`~fdconv_zoo.layers.eager_fbm.backward_pass`."""
+    return eager_fbm.backward_pass(grad, x, weight, bias, fractions(cutoffs), mask_grid)
+
+
+def fake_modulate_bands_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *arguments: object
+) -> tuple[Tensor, ...]:
+    """Empty tensors in the shapes of the gradients."""
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, weight, bias))
+
+
+def fractions(numbers: list[int]) -> list[tuple[int, int]]:
+    """Numerators and denominators in one list as pairs."""
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def setup_context_of_bands(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor
+) -> None:
+    """Keeps the inputs."""
+    ctx.save_for_backward(*inputs[:3])
+    ctx.arguments = inputs[3:]
+
+
+def backward_of_bands(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments."""
+    return *torch.ops.fdconv_zoo.modulate_bands_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None
+
+
+BAND_INPUTS = "Tensor x, Tensor weight, Tensor bias, int[] cutoffs, int? mask_grid"
 
 # With the dispatcher itself: torch.library.custom_op checks all arguments in Python, a tenth of a millisecond a call.
 # A second import of the package, by autoreload or a test runner, keeps the operators of the first.
@@ -88,10 +134,19 @@ if not hasattr(torch.ops.fdconv_zoo, "conv2d"):
     for kernel, fake, schema in (
         (conv2d, fake_conv2d, f"({INPUTS}, {GEOMETRY}) -> Tensor"),
         (conv2d_backward, fake_conv2d_backward, f"(Tensor grad, {INPUTS}, {GEOMETRY}) -> Tensor[]"),
-    ):
+        (modulate_bands, fake_modulate_bands, f"({BAND_INPUTS}) -> Tensor"),
+        (
+            modulate_bands_backward, fake_modulate_bands_backward,
+            f"(Tensor grad, {BAND_INPUTS}) -> (Tensor, Tensor, Tensor)",
+        ),
+    ):  # fmt: skip
         name = f"fdconv_zoo::{kernel.__name__}"
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(name, "default", kernel)
         torch.library.register_fake(name, fake)
-    torch.library.register_autograd("fdconv_zoo::conv2d", backward, setup_context=setup_context)
-    torch.library.register_autograd("fdconv_zoo::conv2d_backward", refuse)
+    for name, derivative, setup in (
+        ("conv2d", backward, setup_context),
+        ("modulate_bands", backward_of_bands, setup_context_of_bands),
+    ):
+        torch.library.register_autograd(f"fdconv_zoo::{name}", derivative, setup_context=setup)
+        torch.library.register_autograd(f"fdconv_zoo::{name}_backward", refuse)

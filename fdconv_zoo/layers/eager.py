@@ -18,10 +18,10 @@ from .fdw import GainMap
 from .functional import element_gated, pad, without_autocast
 from .sample_conv import Geometry, SampleConv, output_size
 from .sample_weight import Inputs, SampleWeight
-from .transform import adjoint, transform
+from .transform import Transform
 
 # Weight elements of one chunk. On a CPU the chunk should stay in the cache; on a GPU it should fill the device.
-CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 26
 # Largest bank of group weights (num_bands x weight) that is mixed instead of transforming each sample's spectrum.
 BANK_LIMIT = 1 << 22
@@ -81,11 +81,6 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def make_bank(inputs: Inputs, gain_map: GainMap, columns: int) -> Tensor:
-    """Weight matrix (n, R, C) of each frequency group."""
-    return transform(inputs.spectrum, bank_gains(inputs), gain_map, columns)
-
-
 def bank_gains(inputs: Inputs) -> Tensor:
     """Gains (n, n) that pick one frequency group each."""
     return torch.eye(inputs.bands.shape[1], device=inputs.spectrum.device, dtype=inputs.spectrum.dtype)
@@ -105,7 +100,8 @@ def forward_pass(
         Output (B, Cout, Hout, Wout), and the weights of each chunk if they are to be kept.
     """
     columns, geometry = inputs.x.shape[1] * plan.geometry.kernel_size[1], plan.geometry
-    bank = make_bank(inputs, gain_map, columns) if plan.use_bank else None
+    transform = Transform(inputs.spectrum, gain_map, columns)
+    bank = transform(bank_gains(inputs)) if plan.use_bank else None
     size = output_size(inputs.x.shape[2:], geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
     output = torch.empty(
         (len(inputs.x), len(gain_map.index) // geometry.kernel_size[0], *size), dtype=inputs.x.dtype,
@@ -113,7 +109,7 @@ def forward_pass(
     )  # fmt: skip
     weights = []
     for part, out in zip(inputs.chunks(plan.chunk), output.split(plan.chunk), strict=True):
-        weight = SampleWeight.make(part, bank, gain_map, columns, keep)
+        weight = SampleWeight.make(part, transform, bank, keep)
         kernels = weight.gated
         if keep:
             weights.append(weight)
@@ -149,7 +145,8 @@ def backward_pass(
     """
     kw = plan.geometry.kernel_size[1]
     spectrum, local_weight, columns = inputs.spectrum, inputs.local_weight, inputs.x.shape[1] * kw
-    bank = make_bank(inputs, gain_map, columns) if plan.use_bank else None
+    transform = Transform(spectrum, gain_map, columns)
+    bank = transform(bank_gains(inputs)) if plan.use_bank else None
     grad_spectrum = torch.zeros_like(spectrum) if need_spectrum else None
     grad_bank = torch.zeros_like(bank) if need_spectrum and bank is not None else None
     grad_filters = None
@@ -157,7 +154,7 @@ def backward_pass(
         grad_filters = local_weight.new_zeros(len(gain_map.index), kw * local_weight.shape[2])
     grads: dict[str, list[Tensor]] = {name: [] for name in Inputs._fields[:5]}
     for i, (part, grad_out) in enumerate(zip(inputs.chunks(plan.chunk), grad.split(plan.chunk), strict=True)):
-        weight = weights[i] if weights else SampleWeight.make(part, bank, gain_map, columns, keep=True)
+        weight = weights[i] if weights else SampleWeight.make(part, transform, bank, keep=True)
         convolution = SampleConv(part.x, part.element, plan.geometry)
         grad_weight = convolution.grad_weight(grad_out, len(gain_map.index)).to(spectrum.dtype)
         grad_element = None
@@ -168,12 +165,12 @@ def backward_pass(
             grad_x, grad_element = convolution.grad_input(grad_out, kernels.to(part.x.dtype))
             grads["x"].append(grad_x)
         grad_source = grad_spectrum if bank is None else grad_bank
-        parts = weight.backward(grad_weight, grad_element, part, bank, gain_map, kw, grad_source, grad_filters)
+        parts = weight.backward(grad_weight, grad_element, part, transform, bank, kw, grad_source, grad_filters)
         for name, value in zip(Inputs._fields[1:5], parts, strict=True):
             if value is not None:
                 grads[name].append(value)
     if grad_bank is not None:
-        adjoint(grad_bank, spectrum, bank_gains(inputs), gain_map, grad_spectrum)
+        transform.adjoint(grad_bank, bank_gains(inputs), grad_spectrum)
     return Inputs(
         *(join(parts) if parts else None for parts in grads.values()),
         grad_spectrum,

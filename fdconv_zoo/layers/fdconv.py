@@ -139,7 +139,7 @@ class _FDLayer(nn.Module):
                 kh, kw = self.kernel_shape
                 element = (gates[3].view(-1, kh, 1, kw) * element[:, None, :, None]).flatten(1)
         if self.fbm is not None:
-            x = self.fbm(x, self.recompute)
+            x = self.fbm(x)
         bias = None if self.bias is None else self.bias[:, None, None]
         if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
             out = dynamic_conv2d(

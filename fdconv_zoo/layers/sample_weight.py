@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fdw import GainMap
 from .ksm import channel_taps, channel_taps_adjoint
-from .transform import adjoint, row_blocks, transform
+from .transform import Transform, row_blocks
 
 
 class Inputs(NamedTuple):
@@ -66,25 +65,24 @@ class SampleWeight:
     taps: Tensor | None
 
     @classmethod
-    def make(cls, inputs: Inputs, bank: Tensor | None, gain_map: GainMap, columns: int, keep: bool) -> "SampleWeight":
+    def make(cls, inputs: Inputs, transform: Transform, bank: Tensor | None, keep: bool) -> "SampleWeight":
         """Makes the weights, in blocks of rows.
 
         Args:
             inputs: Those of the chunk.
+            transform: That of the layer.
             bank: Weight matrix of each group (n, R, C) to mix instead of transforming the spectrum, or None.
-            gain_map: Which gain each coefficient takes.
-            columns: C.
             keep: Keeps what the backward pass needs.
         """
-        bands, element, batch = inputs.bands, inputs.element, len(inputs.bands)
+        bands, element, batch, columns = inputs.bands, inputs.element, len(inputs.bands), transform.columns
         if bank is None:
-            gated = transform(inputs.spectrum, bands, gain_map, columns)
+            gated = transform(bands)
         else:
             gated = (bands @ bank.flatten(1)).view(batch, -1, columns)
         if inputs.local_weight is None:
             return cls(gated, None, None)
         taps = channel_taps(inputs.local_input, inputs.local_weight.shape[2], columns // inputs.local_input.shape[1])
-        filters = filters_of(inputs.local_weight, len(gain_map.index), batch)
+        filters = filters_of(inputs.local_weight, gated.shape[1], batch)
         gate = torch.empty_like(gated) if keep else None
         for block in row_blocks(gated, element.shape[1] // columns):
             part = torch.bmm(filters[:, block], taps).sigmoid_()
@@ -98,8 +96,8 @@ class SampleWeight:
         grad: Tensor,
         grad_element: Tensor | None,
         inputs: Inputs,
+        transform: Transform,
         bank: Tensor | None,
-        gain_map: GainMap,
         kernel_width: int,
         grad_source: Tensor | None,
         grad_filters: Tensor | None,
@@ -110,8 +108,8 @@ class SampleWeight:
             grad: Gradient (B, R, C) of the weight that convolves, over the scale. It is used up.
             grad_element: Gradient of the element gate where it gated the input, or None: it gated the weight.
             inputs: As for :meth:`make`.
+            transform: As for :meth:`make`.
             bank: As for :meth:`make`.
-            gain_map: As for :meth:`make`.
             kernel_width: kw.
             grad_source: Gradient of the spectrum or the bank to add to, or None.
             grad_filters: Gradient of the local weight to add to, as (R, kw*t), or None.
@@ -127,7 +125,7 @@ class SampleWeight:
             grad_scale, grad_taps = self._ungate(grad, inputs, grad_filters)
             grad_local_input = channel_taps_adjoint(grad_taps, kernel_width)
         if bank is None:
-            grad_bands = adjoint(grad, inputs.spectrum, bands, gain_map, grad_source)
+            grad_bands = transform.adjoint(grad, bands, grad_source)
         else:
             flat = grad.flatten(1)
             grad_bands = flat @ bank.flatten(1).mT

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import compiled
+from fdconv_zoo.layers import FBM, compiled
 from tests.compare import randomise, relative_error
 
 
@@ -54,6 +54,15 @@ def test_the_operator_keeps_the_rules_of_operators(channels_last):
         torch.ops.fdconv_zoo.conv2d, (*layer_arguments(layer, x), channels_last),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(6, 5), (20, 17)])
+@pytest.mark.parametrize("mask_grid", [None, 64])
+def test_the_operator_of_the_bands_keeps_the_rules_of_operators(size, mask_grid):
+    fbm = randomise(FBM(3, mask_grid=mask_grid))
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    cutoffs = [number for fraction in fbm.cutoffs for number in fraction]
+    torch.library.opcheck(torch.ops.fdconv_zoo.modulate_bands, (x, fbm.weight, fbm.bias, cutoffs, mask_grid))
 
 
 def test_large_weights_are_compiled_as_in_eager_mode():

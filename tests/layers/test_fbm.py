@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_zoo.layers.fbm import FBM, fourier_basis, grid_low_passes, low_pass, low_passes, modulate_bands, num_kept
+from fdconv_zoo.layers.band_filters import fourier_basis, grid_low_passes, low_pass, low_passes, num_kept
+from fdconv_zoo.layers.fbm import FBM, modulate_bands
 from tests import reference
 from tests.compare import randomise, relative_error
 
@@ -103,6 +104,38 @@ def test_modulation_and_its_gradients_match_the_reference(size, channels, cutoff
         torch.autograd.grad(output, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
     ):
         assert relative_error(got, wanted) < 1e-11
+
+
+@pytest.mark.parametrize("grid", [None, 64])
+@pytest.mark.parametrize("size", [(7, 7), (20, 17)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_eager_and_traceable_form_agree(dtype, size, grid):
+    fbm = randomise(FBM(5, mask_grid=grid)).to(dtype)
+    x = torch.randn(3, 5, *size).contiguous(memory_format=torch.channels_last).to(dtype).requires_grad_()
+    inputs = [x, fbm.weight, fbm.bias]
+    output, expected = fbm(x), modulate_bands(*inputs, fbm.cutoffs, grid)
+    direction = torch.randn_like(expected)
+    grads, expected_grads = (torch.autograd.grad(out, inputs, direction) for out in (output, expected))
+    assert output.dtype == dtype
+    for got, wanted in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert relative_error(got, wanted) < (1e-12 if dtype == torch.float64 else 1e-2)
+
+
+def test_an_empty_batch_stays_empty():
+    x = torch.zeros(0, 4, 5, 5, requires_grad=True)
+    output = FBM(4)(x)
+    assert output.shape == x.shape
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_second_derivatives_are_refused_but_in_the_traceable_form():
+    fbm = randomise(FBM(2, dtype=torch.float64))
+    x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(modulate_bands(x, fbm.weight, fbm.bias, CUTOFFS, None).sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(fbm(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("grid", [None, 64])

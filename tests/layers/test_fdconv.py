@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import eager, fbm, transform
+from fdconv_zoo.layers import eager, eager_fbm, transform
 from tests import reference
 from tests.compare import assert_matches, randomise, relative_error
 
@@ -185,7 +185,7 @@ def test_blocks_change_nothing_for_one_sample_and_without_gates(ksm, elements, m
         (eager, "MATMUL_PLACES", 1 << 30),
         (eager, "BANK_LIMIT", 0),
         (transform, "PACKED_ELEMENTS", 0),
-        (fbm, "MATRIX_PLACES", 0),
+        (eager_fbm, "MATRIX_PLACES", 0),
     ],
 )
 @on_grid

@@ -22,7 +22,6 @@ SMALL = [
 FULL = [
     pytest.param("convnext_tiny_fdconv", CONVNEXT, id="convnext"),
     pytest.param("resnet18_fdconv", NARROW | dict(layers=(1, 1, 1, 1), mask_grid=64), id="resnet_official_masks"),
-    pytest.param("resnet18_fdconv", {}, id="resnet18"),
     pytest.param("resnet50_fdconv", {}, id="resnet50"),
     pytest.param("mobilenetv2_100_fdconv", {}, id="mobilenetv2_100"),
     pytest.param("convnext_atto_fdconv", {}, id="convnext_atto"),

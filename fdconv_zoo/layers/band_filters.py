@@ -1,0 +1,132 @@
+"""Low-pass filters of FBM: boxes in frequency, by small matrix products.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.3)
+
+A box is separable: low(x) = U U^T x V V^T with U, V the real Fourier basis of the kept frequencies. No FFT, any size,
+and the bases of lower cutoffs are the first columns.
+"""
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .functional import is_exporting
+
+# Cutoffs are fractions, so that what they keep is counted in integers.
+MAX_DENOMINATOR = 1 << 30
+
+
+def num_kept(size: int, numerator: int, denominator: int) -> int:
+    """Cosines and sines with |f| < numerator/denominator on an axis of `size` pixels, in integers only.
+
+    The sine of frequency 0 is one of them, though it is zero: no axis then has size 1, which exporters take for fixed.
+    """
+    return 2 * ((numerator * size + denominator - 1) // denominator)
+
+
+def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """First `count` real Fourier basis functions: cos 0 (constant), sin 0 (zero), cos 1, sin 1, cos 2, sin 2, ...
+
+    Args:
+        size: Pixels of the axis.
+        count: Even number of functions; those above the Nyquist frequency are aliases.
+        device: Device of the result.
+        dtype: Dtype of the result.
+
+    Returns:
+        Columns (size, count), orthonormal up to the Nyquist frequency but for the second, which is zero.
+    """
+    column = torch.arange(count, device=device)
+    # Angles in quarters of 1/size turn, a sine a quarter turn behind: whole turns are dropped in integers, exactly.
+    quarters = 4 * torch.arange(size, device=device)[:, None] * (column // 2) - size * (column % 2)
+    angle = torch.remainder(quarters, torch.full([], 4 * size, device=device)).to(dtype) * (math.pi / (2 * size))
+    return torch.cos(angle) * ((2 - (column == 0).to(dtype)) / size).sqrt()
+
+
+def low_pass(x: Tensor, cutoff: float) -> Tensor:
+    """Keeps the frequencies of maps (..., H, W) with max(|fu|, |fv|) < cutoff cycles per pixel."""
+    fraction = Fraction(cutoff).limit_denominator(MAX_DENOMINATOR)
+    bases = [
+        fourier_basis(n, num_kept(n, fraction.numerator, fraction.denominator), x.device, x.dtype) for n in x.shape[-2:]
+    ]
+    return bases[0] @ (bases[0].mT @ x @ bases[1]) @ bases[1].mT
+
+
+def map_bases(x: Tensor, cutoff: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Fourier bases of the rows and of the columns of maps (B, C, H, W), for the widest cutoff."""
+    height, width = x.shape[2], x.shape[3]
+    # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
+    rows = fourier_basis(height, num_kept(height, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
+    # In this order: a comparison of sizes would be a condition on every exported program.
+    if not torch.jit.is_tracing() and not is_exporting() and height == width:
+        return rows, rows
+    return rows, fourier_basis(width, num_kept(width, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
+
+
+def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
+    """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first."""
+    batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    rows, columns = map_bases(x, cutoffs[0])
+    # Batched products of 3-D tensors: torch.matmul would copy the basis for every channel.
+    maps = x.reshape(batch * channels, height, width)
+    analysis = torch.matmul(torch.matmul(maps, columns).transpose(1, 2), rows)
+    outputs: list[Tensor] = []
+    for numerator, denominator in cutoffs:
+        h, w = num_kept(height, numerator, denominator), num_kept(width, numerator, denominator)
+        half = torch.matmul(analysis[:, :w, :h], rows[:, :h].t())
+        # The columns last: the maps then lie in memory as the input does.
+        low = torch.matmul(half.transpose(1, 2), columns[:, :w].t())
+        outputs.append(low.view(batch, channels, height, width))
+    return outputs
+
+
+def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
+    """As :func:`low_passes`, with the official masks: a square grid, rounded in float32, stretched to the map."""
+    height, width = x.shape[2], x.shape[3]
+    spectrum = torch.fft.rfft2(x)
+    half_width = width // 2 + 1
+    # Nearest-neighbour indices with the float32 rounding of F.interpolate.
+    u = (torch.arange(height, device=x.device, dtype=torch.float32) * (mask_grid / height)).floor()
+    v = (torch.arange(half_width, device=x.device, dtype=torch.float32) * ((mask_grid // 2 + 1) / half_width)).floor()
+    vertical = torch.where(u < (mask_grid + 1) // 2, u, mask_grid - u) / mask_grid
+    horizontal = v / mask_grid
+    radius = torch.maximum(vertical[:, None], horizontal[None, :])
+    outputs: list[Tensor] = []
+    for numerator, denominator in cutoffs:
+        limit = torch.full((), numerator / denominator + 1e-8, dtype=torch.float32, device=x.device)
+        outputs.append(torch.fft.irfft2(spectrum * (radius < limit), s=[height, width]))
+    return outputs
+
+
+def sum_low_passes(maps: Iterable[Tensor], cutoffs: list[tuple[int, int]], mask_grid: int | None) -> Tensor:
+    """Sum of maps (B, C, H, W), each filtered with the cutoff of its own: the adjoint of the low-passes of one map."""
+    if mask_grid is not None:
+        filtered = (grid_low_passes(x, [cutoff], mask_grid)[0] for x, cutoff in zip(maps, cutoffs, strict=True))
+        return torch.stack(list(filtered)).sum(0)
+    for i, (x, (numerator, denominator)) in enumerate(zip(maps, cutoffs, strict=True)):
+        height, width = x.shape[2:]
+        h, w = num_kept(height, numerator, denominator), num_kept(width, numerator, denominator)
+        if i == 0:
+            rows, columns = map_bases(x, cutoffs[0])
+            rows, columns = rows[:, :h], columns[:, :w]
+        analysis = torch.matmul(torch.matmul(x.reshape(-1, height, width), columns[:, :w]).mT, rows[:, :h])
+        if i == 0:
+            total = analysis
+        else:
+            total[:, :w, :h] += analysis
+    return torch.matmul(torch.matmul(total, rows.t()).mT, columns.t()).view_as(x)
+
+
+def low_pass_matrices(x: Tensor, cutoffs: list[tuple[int, int]]) -> Tensor:
+    """The low-passes of maps (B, C, H, W) as matrices (n, HW, HW), which are symmetric."""
+    height, width = x.shape[2:]
+    rows, columns = map_bases(x, cutoffs[0])
+    sides = []
+    for basis, size in ((rows, height), (columns, width)):
+        kept = (basis[:, : num_kept(size, numerator, denominator)] for numerator, denominator in cutoffs)
+        sides.append(torch.stack([columns @ columns.t() for columns in kept]))
+    products = sides[0].view(-1, height, 1, height, 1) * sides[1].view(-1, 1, width, 1, width)
+    return products.view(-1, height * width, height * width)
