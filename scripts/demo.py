@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 import fdconv_zoo
-from fdconv_zoo.layers.fbm import low_pass
+from fdconv_zoo.layers import low_pass
 from fdconv_zoo.layers.fdw import FDW, matrix_to_weight, weight_to_matrix
 
 STATIC = "mobilenetv2_100"

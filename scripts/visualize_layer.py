@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers import FDW
-from fdconv_zoo.layers.band_filters import grid_low_passes, low_passes
+from fdconv_zoo.layers.band_filters import low_passes
 from fdconv_zoo.layers.fbm import FBM
 from fdconv_zoo.layers.ksm import local_logits
 
@@ -46,9 +46,7 @@ def fbm_bands(fbm: FBM, x: Tensor) -> Tensor:
     Returns:
         Tensor (bands, B, C, H, W).
     """
-    grid = fbm.mask_grid
-    lows = low_passes(x, fbm.cutoffs) if grid is None else grid_low_passes(x, fbm.cutoffs, grid)
-    edges = [x, *lows, torch.zeros_like(x)]
+    edges = [x, *low_passes(x, fbm.cutoffs, fbm.mask_grid), torch.zeros_like(x)]
     return torch.stack([above - below for above, below in pairwise(edges)])
 
 

@@ -1,13 +1,13 @@
-"""Low-pass filters of FBM: boxes in frequency, by small matrix products.
+"""Low-pass filters of FBM.
 
 Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.3)
 
-A box is separable: low(x) = U U^T x V V^T with U, V the real Fourier basis of the kept frequencies. No FFT, any size,
-and the bases of lower cutoffs are the first columns.
+A box in frequency is separable: low(x) = U U^T x V V^T with U, V the real Fourier basis of the kept frequencies. Small
+matrix products and no FFT, in any size; the bases of lower cutoffs are the first columns. The masks of the official
+code, stretched from a grid, are applied to the Fourier transform.
 """
 
 import math
-from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
@@ -66,7 +66,7 @@ def map_bases(x: Tensor, cutoff: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return rows, fourier_basis(width, num_kept(width, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
 
 
-def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
+def box_low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
     """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first."""
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     rows, columns = map_bases(x, cutoffs[0])
@@ -83,41 +83,52 @@ def low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
     return outputs
 
 
-def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
-    """As :func:`low_passes`, with the official masks: a square grid, rounded in float32, stretched to the map."""
-    height, width = x.shape[2], x.shape[3]
-    spectrum = torch.fft.rfft2(x)
-    half_width = width // 2 + 1
+def grid_masks(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
+    """Official masks (H, W//2+1) for maps (B, C, H, W): those of a square grid, rounded in float32, stretched."""
+    height, half_width = x.shape[2], x.shape[3] // 2 + 1
     # Nearest-neighbour indices with the float32 rounding of F.interpolate.
     u = (torch.arange(height, device=x.device, dtype=torch.float32) * (mask_grid / height)).floor()
     v = (torch.arange(half_width, device=x.device, dtype=torch.float32) * ((mask_grid // 2 + 1) / half_width)).floor()
     vertical = torch.where(u < (mask_grid + 1) // 2, u, mask_grid - u) / mask_grid
     horizontal = v / mask_grid
     radius = torch.maximum(vertical[:, None], horizontal[None, :])
-    outputs: list[Tensor] = []
+    masks: list[Tensor] = []
     for numerator, denominator in cutoffs:
         limit = torch.full((), numerator / denominator + 1e-8, dtype=torch.float32, device=x.device)
-        outputs.append(torch.fft.irfft2(spectrum * (radius < limit), s=[height, width]))
-    return outputs
+        masks.append(radius < limit)
+    return masks
 
 
-def sum_low_passes(maps: Iterable[Tensor], cutoffs: list[tuple[int, int]], mask_grid: int | None) -> Tensor:
-    """Sum of maps (B, C, H, W), each filtered with the cutoff of its own: the adjoint of the low-passes of one map."""
+def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
+    """As :func:`box_low_passes`, with the official masks."""
+    spectrum, size = torch.fft.rfft2(x), [x.shape[2], x.shape[3]]
+    return [torch.fft.irfft2(spectrum * mask, s=size) for mask in grid_masks(x, cutoffs, mask_grid)]
+
+
+def low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None) -> list[Tensor]:
+    """Low-pass filtered copies of x (B, C, H, W), with the paper's masks or those of an official `mask_grid`."""
+    return box_low_passes(x, cutoffs) if mask_grid is None else grid_low_passes(x, cutoffs, mask_grid)
+
+
+def sum_low_passes(x: Tensor, factors: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None) -> Tensor:
+    """Sum of the low-passes of x (B, C, H, W) times the factor (B, n, H, W) of each: the adjoint of :func:`low_passes`.
+
+    Low-passes are symmetric, so they come after the factors here, and are joined before the way back from frequencies.
+    """
+    height, width = x.shape[2:]
+    products = (x * factor for factor in factors.split(1, dim=1))
     if mask_grid is not None:
-        filtered = (grid_low_passes(x, [cutoff], mask_grid)[0] for x, cutoff in zip(maps, cutoffs, strict=True))
-        return torch.stack(list(filtered)).sum(0)
-    for i, (x, (numerator, denominator)) in enumerate(zip(maps, cutoffs, strict=True)):
-        height, width = x.shape[2:]
-        h, w = num_kept(height, numerator, denominator), num_kept(width, numerator, denominator)
-        if i == 0:
-            rows, columns = map_bases(x, cutoffs[0])
-            rows, columns = rows[:, :h], columns[:, :w]
-        analysis = torch.matmul(torch.matmul(x.reshape(-1, height, width), columns[:, :w]).mT, rows[:, :h])
-        if i == 0:
-            total = analysis
-        else:
-            total[:, :w, :h] += analysis
-    return torch.matmul(torch.matmul(total, rows.t()).mT, columns.t()).view_as(x)
+        masks = grid_masks(x, cutoffs, mask_grid)
+        parts = (torch.fft.rfft2(product) * mask for product, mask in zip(products, masks, strict=True))
+        return torch.fft.irfft2(sum(parts), s=(height, width)).contiguous()
+    rows, columns = map_bases(x, cutoffs[0])
+    kept = [(num_kept(height, *cutoff), num_kept(width, *cutoff)) for cutoff in cutoffs]
+    total = x.new_zeros(len(x) * x.shape[1], kept[0][1], kept[0][0])
+    for product, (h, w) in zip(products, kept, strict=True):
+        maps = product.reshape(-1, height, width)
+        total[:, :w, :h] += torch.matmul(torch.matmul(maps, columns[:, :w]).mT, rows[:, :h])
+    half = torch.matmul(total, rows[:, : kept[0][0]].t())
+    return torch.matmul(half.mT, columns[:, : kept[0][1]].t()).view_as(x)
 
 
 def low_pass_matrices(x: Tensor, cutoffs: list[tuple[int, int]]) -> Tensor:
@@ -126,7 +137,7 @@ def low_pass_matrices(x: Tensor, cutoffs: list[tuple[int, int]]) -> Tensor:
     rows, columns = map_bases(x, cutoffs[0])
     sides = []
     for basis, size in ((rows, height), (columns, width)):
-        kept = (basis[:, : num_kept(size, numerator, denominator)] for numerator, denominator in cutoffs)
-        sides.append(torch.stack([columns @ columns.t() for columns in kept]))
+        kept = (basis[:, : num_kept(size, *cutoff)] for cutoff in cutoffs)
+        sides.append(torch.stack([functions @ functions.t() for functions in kept]))
     products = sides[0].view(-1, height, 1, height, 1) * sides[1].view(-1, 1, width, 1, width)
     return products.view(-1, height * width, height * width)

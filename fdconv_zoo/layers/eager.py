@@ -20,7 +20,8 @@ from .sample_conv import Geometry, SampleConv, output_size
 from .sample_weight import Inputs, SampleWeight
 from .transform import Transform
 
-# Weight elements of one chunk. On a CPU the chunk should stay in the cache; on a GPU it should fill the device.
+# Weight elements of one chunk. On a CPU the chunk should stay in the cache (L3), yet share Python's time among samples;
+# on a GPU it should fill the device.
 CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 26
 # Largest bank of group weights (num_bands x weight) that is mixed instead of transforming each sample's spectrum.
@@ -29,8 +30,8 @@ BANK_LIMIT = 1 << 22
 MATMUL_PLACES = 1024
 
 NO_SECOND_DERIVATIVES = (
-    "FDConv has no second derivatives in eager mode and under torch.compile (create_graph=True); its traceable form "
-    "has: fdconv_zoo.layers.functional.dynamic_conv2d"
+    "FDConv has no second derivatives in eager mode and under torch.compile (create_graph=True); its traceable forms "
+    "have: fdconv_zoo.layers.functional.dynamic_conv2d and, for FBM, fdconv_zoo.layers.fbm.modulate_bands"
 )
 
 # glibc gives a freed block back to the system where it is larger than the largest one freed before, 32 MiB at most, and

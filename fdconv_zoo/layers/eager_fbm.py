@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .band_filters import grid_low_passes, low_pass_matrices, low_passes, sum_low_passes
+from .band_filters import low_pass_matrices, low_passes, sum_low_passes
 from .eager import NO_SECOND_DERIVATIVES
 from .functional import without_autocast
 
@@ -65,11 +65,6 @@ def by_matrix(x: Tensor, mask_grid: int | None) -> bool:
     return mask_grid is None and x.shape[2] * x.shape[3] <= MATRIX_PLACES
 
 
-def filtered(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None) -> list[Tensor]:
-    """Low-pass filtered copies of x (B, C, H, W), one for each cutoff."""
-    return low_passes(x, cutoffs) if mask_grid is None else grid_low_passes(x, cutoffs, mask_grid)
-
-
 def exact(x: Tensor) -> Tensor:
     """A map in the precision to filter in, float32 at least, its pixels in order."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
@@ -85,37 +80,48 @@ def forward_pass(
         modulated = torch.bmm(maps.flatten(2), band_matrix(factors, low_pass_matrices(maps, cutoffs))).view_as(maps)
     else:
         modulated = maps * factors.narrow(1, 0, 1)
-        for i, low in enumerate(filtered(maps, cutoffs, mask_grid), start=1):
+        for i, low in enumerate(low_passes(maps, cutoffs, mask_grid), start=1):
             modulated.addcmul_(low, factors.narrow(1, i, 1))
     return modulated.to(x.dtype)
 
 
 def backward_pass(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the map, the weight and the bias of :func:`forward_pass`, given that of its output."""
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[tuple[int, int]],
+    mask_grid: int | None,
+    need_x: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the map, if needed, the weight and the bias of :func:`forward_pass`, given that of its output."""
     maps, slope = exact(x), exact(grad)
-    gates = band_gates(maps, weight.to(maps.dtype), bias.to(maps.dtype))
-    factors = band_factors(gates)
+    kernel = weight.to(maps.dtype)
+    gates = band_gates(maps, kernel, bias.to(maps.dtype))
+    factors, bands = band_factors(gates), gates.shape[1]
+    grad_x = None
     if by_matrix(x, mask_grid):
         lows = low_pass_matrices(maps, cutoffs)
         products = torch.bmm(maps.flatten(2).mT, slope.flatten(2))
         sums = [products.diagonal(dim1=1, dim2=2), *((products * low).sum(1) for low in lows)]
         grad_factors = torch.stack(sums, dim=1).view_as(factors)
-        grad_x = torch.bmm(slope.flatten(2), band_matrix(factors, lows).mT).view_as(maps)
+        if need_x:
+            grad_x = torch.bmm(slope.flatten(2), band_matrix(factors, lows).mT).view_as(maps)
     else:
-        sums = [(slope * part).sum(1) for part in (maps, *filtered(maps, cutoffs, mask_grid))]
+        sums = [(slope * part).sum(1) for part in (maps, *low_passes(maps, cutoffs, mask_grid))]
         grad_factors = torch.stack(sums, dim=1)
-        first, *others = factors.split(1, dim=1)
-        grad_x = sum_low_passes((slope * factor for factor in others), cutoffs, mask_grid).addcmul_(slope, first)
-    bands = gates.shape[1]
+        if need_x:
+            grad_x = sum_low_passes(slope, factors.narrow(1, 1, bands), cutoffs, mask_grid)
+            grad_x.addcmul_(slope, factors.narrow(1, 0, 1))
     grad_gates = grad_factors.narrow(1, 0, bands) - grad_factors.narrow(1, 1, bands)
     grad_logits = grad_gates.mul_(gates).mul_(1 - gates / 2)
     patches = F.unfold(grad_logits, 3, padding=1)
-    grad_x.flatten(2).baddbmm_(kernel_matrix(weight).to(maps.dtype).t().expand(len(x), -1, -1), patches)
+    if need_x:
+        grad_x.view(*x.shape[:2], -1).baddbmm_(kernel_matrix(kernel).t().expand(len(x), -1, -1), patches)
+        grad_x = grad_x.to(x.dtype)
     grad_kernel = torch.bmm(patches, maps.flatten(2).mT).sum(0).view(bands, 3, 3, -1)
     return (
-        grad_x.to(x.dtype),
+        grad_x,
         grad_kernel.permute(0, 3, 1, 2).flip(2, 3).to(weight.dtype).contiguous(),
         grad_logits.sum((0, 2, 3)).to(bias.dtype),
     )
@@ -128,23 +134,28 @@ class _ModulateBands(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.cutoffs, ctx.mask_grid = cutoffs, mask_grid
-        return forward_pass(x, weight, bias, cutoffs, mask_grid)
+        # A view made here could not be changed in place by what follows, such as ReLU(inplace=True).
+        return forward_pass(x, weight, bias, cutoffs, mask_grid).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVES)
         with without_autocast(grad.device.type):
-            return *backward_pass(grad, *ctx.saved_tensors, ctx.cutoffs, ctx.mask_grid), None, None
+            grads = backward_pass(grad, *ctx.saved_tensors, ctx.cutoffs, ctx.mask_grid, ctx.needs_input_grad[0])
+        return *grads, None, None
 
 
 def eager_modulate_bands(
     x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
 ) -> Tensor:
     """:func:`~fdconv_zoo.layers.fbm.modulate_bands`, faster and without second derivatives."""
+    if x.numel() == 0:
+        return x + (weight.sum() + bias.sum()).to(x.dtype)
     if torch.compiler.is_compiling():
         numbers = [number for fraction in cutoffs for number in fraction]
         return torch.ops.fdconv_zoo.modulate_bands(x, weight, bias, numbers, mask_grid)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _ModulateBands.apply(x, weight, bias, cutoffs, mask_grid)
-    return forward_pass(x, weight, bias, cutoffs, mask_grid)
+    with without_autocast(x.device.type):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+            return _ModulateBands.apply(x, weight, bias, cutoffs, mask_grid)
+        return forward_pass(x, weight, bias, cutoffs, mask_grid)

@@ -5,8 +5,7 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, http
 What differs from the official code:
 - The band masks are those of the paper at any map size. The official ones are made once on a 64x64 grid, lose 1/4 to
   rounding and are stretched to the map; `mask_grid=64` asks for exactly that.
-- A band limit is a box in frequency, so it is separable: low(x) = U U^T x V V^T with U, V the real Fourier basis of the
-  kept frequencies. Small matrix products and no FFT, in any size; the bases of lower cutoffs are the first columns.
+- A band limit is a box in frequency, so it is separable: small matrix products and no FFT (band_filters.py).
 - One 3x3 convolution makes the gates of all bands.
 """
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .band_filters import MAX_DENOMINATOR, grid_low_passes, low_passes
+from .band_filters import MAX_DENOMINATOR, low_passes
 from .eager_fbm import eager_modulate_bands
 from .functional import is_exporting
 
@@ -51,9 +50,8 @@ def modulate_bands(
     gates = 2 * torch.sigmoid(F.conv2d(exact, weight, bias, padding=1))
     # sum_i A_i (low_{i-1} - low_i) + low_last, with one product for each low-pass instead of two.
     steps = torch.cat([gates[:, 1:], torch.ones_like(gates[:, :1])], dim=1) - gates
-    lows = low_passes(exact, cutoffs) if mask_grid is None else grid_low_passes(exact, cutoffs, mask_grid)
     modulated = gates[:, :1] * exact
-    for i, low in enumerate(lows):
+    for i, low in enumerate(low_passes(exact, cutoffs, mask_grid)):
         modulated = torch.addcmul(modulated, steps[:, i : i + 1], low)
     return modulated.to(x.dtype)
 

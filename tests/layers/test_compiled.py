@@ -24,9 +24,10 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_equals_eager_forward_and_backward(training, memory_format):
+@pytest.mark.parametrize("size", [14, 20])
+def test_compiled_equals_eager_forward_and_backward(size, training, memory_format):
     net = randomise(Net()).train(training)
-    x = torch.randn(4, 18, 14, 14).contiguous(memory_format=memory_format).requires_grad_()
+    x = torch.randn(4, 18, size, size).contiguous(memory_format=memory_format).requires_grad_()
     parameters = [x, *net.parameters()]
     output = net(x)
     grads = torch.autograd.grad(output.square().mean(), parameters)
@@ -58,9 +59,10 @@ def test_the_operator_keeps_the_rules_of_operators(channels_last):
 
 @pytest.mark.parametrize("size", [(6, 5), (20, 17)])
 @pytest.mark.parametrize("mask_grid", [None, 64])
-def test_the_operator_of_the_bands_keeps_the_rules_of_operators(size, mask_grid):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_of_the_bands_keeps_the_rules_of_operators(dtype, size, mask_grid):
     fbm = randomise(FBM(3, mask_grid=mask_grid))
-    x = torch.randn(2, 3, *size, requires_grad=True)
+    x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last).to(dtype).requires_grad_()
     cutoffs = [number for fraction in fbm.cutoffs for number in fraction]
     torch.library.opcheck(torch.ops.fdconv_zoo.modulate_bands, (x, fbm.weight, fbm.bias, cutoffs, mask_grid))
 

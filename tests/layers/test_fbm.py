@@ -41,7 +41,7 @@ def test_low_pass_is_a_box_in_frequency(size, cutoff):
 @pytest.mark.parametrize("size", SIZES)
 def test_nested_low_passes_are_those_of_each_cutoff(size):
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    lows = low_passes(x, CUTOFFS)
+    lows = low_passes(x, CUTOFFS, None)
     for low, (numerator, denominator) in zip(lows, CUTOFFS, strict=True):
         expected = reference.low_pass(x, reference.box_mask(*size, numerator / denominator))
         assert relative_error(low, expected) < 1e-12
@@ -121,12 +121,42 @@ def test_eager_and_traceable_form_agree(dtype, size, grid):
         assert relative_error(got, wanted) < (1e-12 if dtype == torch.float64 else 1e-2)
 
 
-def test_an_empty_batch_stays_empty():
-    x = torch.zeros(0, 4, 5, 5, requires_grad=True)
-    output = FBM(4)(x)
-    assert output.shape == x.shape
+@pytest.mark.parametrize("grid", [None, 64])
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 4, 0, 5)])
+def test_empty_maps_have_gradients(shape, grid):
+    fbm = FBM(4, mask_grid=grid)
+    output = fbm(torch.zeros(shape))
+    assert output.shape == shape
     output.sum().backward()
-    assert x.grad.shape == x.shape
+    assert fbm.weight.grad.abs().max() == fbm.bias.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("grid", [None, 64])
+@pytest.mark.parametrize("size", [5, 20])
+def test_the_output_may_be_changed_in_place(size, grid):
+    fbm = randomise(FBM(4, mask_grid=grid))
+    inputs = [torch.randn(2, 4, size, size, requires_grad=True), fbm.weight, fbm.bias]
+    expected = torch.autograd.grad(torch.relu(fbm(inputs[0])).square().sum(), inputs)
+    found = torch.autograd.grad(torch.relu_(fbm(inputs[0])).square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("grid", [None, 64])
+@pytest.mark.parametrize("size", [5, 20])
+def test_gates_get_the_same_gradients_where_the_map_needs_none(size, grid):
+    fbm = randomise(FBM(4, mask_grid=grid))
+    x = torch.randn(2, 4, size, size)
+    found = torch.autograd.grad(fbm(x).square().sum(), [fbm.weight, fbm.bias])
+    expected = torch.autograd.grad(fbm(x.requires_grad_()).square().sum(), [fbm.weight, fbm.bias])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_autocast_does_not_reach_the_filters():
+    fbm = randomise(FBM(4))
+    x = torch.randn(2, 4, 19, 24)
+    expected = fbm(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fbm(x), expected)
 
 
 def test_second_derivatives_are_refused_but_in_the_traceable_form():
