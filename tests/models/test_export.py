@@ -1,5 +1,7 @@
 """Deployment: compiled, exported and ONNX models compute what the model computes, at any batch and image size."""
 
+import copy
+
 import onnxruntime
 import pytest
 import timm
@@ -109,6 +111,7 @@ def test_exported_program(name, kwargs, tmp_path):
 @onnx_models
 @torch.no_grad()
 def test_onnx(name, kwargs, tmp_path):
+    """Against float64: float32's rounding alone makes 1e-4 of a large network that no image has trained."""
     model = build(name, kwargs)
     file = tmp_path / "model.onnx"
     # ONNX Runtime optimises the graph when it loads it; PyTorch's optimiser takes minutes for that.
@@ -121,7 +124,9 @@ def test_onnx(name, kwargs, tmp_path):
         optimize=False,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(file)
+    session, exact = onnxruntime.InferenceSession(file), copy.deepcopy(model).double()
     for x in inputs(name):
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        assert relative_error(torch.from_numpy(output), model(x)) < 1e-4
+        expected = exact(x.double())
+        limit = max(1e-4, 3 * relative_error(model(x), expected))
+        assert relative_error(torch.from_numpy(output), expected) < limit
