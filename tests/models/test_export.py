@@ -1,7 +1,5 @@
 """Deployment: compiled, exported and ONNX models compute what the model computes, at any batch and image size."""
 
-import copy
-
 import onnxruntime
 import pytest
 import timm
@@ -24,6 +22,7 @@ SMALL = [
 FULL = [
     pytest.param("convnext_tiny_fdconv", CONVNEXT, id="convnext"),
     pytest.param("resnet18_fdconv", NARROW | dict(layers=(1, 1, 1, 1), mask_grid=64), id="resnet_official_masks"),
+    pytest.param("resnet18_fdconv", {}, id="resnet18"),
     pytest.param("resnet50_fdconv", {}, id="resnet50"),
     pytest.param("mobilenetv2_100_fdconv", {}, id="mobilenetv2_100"),
     pytest.param("convnext_atto_fdconv", {}, id="convnext_atto"),
@@ -111,7 +110,6 @@ def test_exported_program(name, kwargs, tmp_path):
 @onnx_models
 @torch.no_grad()
 def test_onnx(name, kwargs, tmp_path):
-    """Against float64: float32's rounding alone makes 1e-4 of a large network that no image has trained."""
     model = build(name, kwargs)
     file = tmp_path / "model.onnx"
     # ONNX Runtime optimises the graph when it loads it; PyTorch's optimiser takes minutes for that.
@@ -124,9 +122,7 @@ def test_onnx(name, kwargs, tmp_path):
         optimize=False,
         verbose=False,
     )
-    session, exact = onnxruntime.InferenceSession(file), copy.deepcopy(model).double()
+    session = onnxruntime.InferenceSession(file)
     for x in inputs(name):
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        expected = exact(x.double())
-        limit = max(1e-4, 3 * relative_error(model(x), expected))
-        assert relative_error(torch.from_numpy(output), expected) < limit
+        assert relative_error(torch.from_numpy(output), model(x)) < 1e-4
