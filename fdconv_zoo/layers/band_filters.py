@@ -101,8 +101,28 @@ def grid_masks(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> lis
 
 def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
     """As :func:`box_low_passes`, with the official masks."""
+    masks = grid_masks(x, cutoffs, mask_grid)
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            return whole_low_passes(x, masks)
     spectrum, size = torch.fft.rfft2(x), [x.shape[2], x.shape[3]]
-    return [torch.fft.irfft2(spectrum * mask, s=size) for mask in grid_masks(x, cutoffs, mask_grid)]
+    return [torch.fft.irfft2(spectrum * mask, s=size) for mask in masks]
+
+
+def whole_low_passes(x: Tensor, masks: list[Tensor]) -> list[Tensor]:
+    """Low-passes of x (B, C, H, W) by half masks (H, W//2+1) without torch.fft.irfft2, for ONNX.
+
+    ONNX infers a wrong shape for the one-sided inverse DFT, for which ONNX Runtime then may reserve too little memory.
+    """
+    height, width = x.shape[2], x.shape[3]
+    row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+    # The right half is the mirror image of the left one, at negative frequencies in both directions.
+    is_left = column <= width // 2
+    place = torch.where(is_left, row, (height - row) * (row > 0)) * (width // 2 + 1)
+    place = place + torch.where(is_left, column, width - column)
+    spectrum = torch.fft.fftn(x, dim=(2, 3))
+    products = (spectrum * mask.flatten()[place] for mask in masks)
+    return [torch.view_as_real(torch.fft.ifftn(product, dim=(2, 3)))[..., 0] for product in products]
 
 
 def low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None) -> list[Tensor]:

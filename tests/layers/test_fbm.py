@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_zoo.layers.band_filters import fourier_basis, grid_low_passes, low_pass, low_passes, num_kept
+from fdconv_zoo.layers.band_filters import (
+    fourier_basis,
+    grid_low_passes,
+    grid_masks,
+    low_pass,
+    low_passes,
+    num_kept,
+    whole_low_passes,
+)
 from fdconv_zoo.layers.fbm import FBM, modulate_bands
 from tests import reference
 from tests.compare import randomise, relative_error
@@ -82,6 +90,15 @@ def test_official_masks_are_stretched_as_interpolate_does(grid, cutoffs):
             # columns that are their own mirror image.
             expected = torch.fft.rfft2(torch.fft.irfft2(mask.to(torch.complex128), s=(height, width)))
             assert (spectrum - expected).abs().max() < 1e-12, (height, width, grid)
+
+
+@few
+@given(size=st.tuples(st.integers(1, 20), st.integers(1, 20)), grid=st.sampled_from([64, 33]))
+def test_low_passes_for_onnx_are_the_same(size, grid):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    actual = whole_low_passes(x, grid_masks(x, CUTOFFS, grid))
+    for whole, half in zip(actual, grid_low_passes(x, CUTOFFS, grid), strict=True):
+        assert (whole - half).abs().max() < 1e-12
 
 
 @few

@@ -23,15 +23,15 @@ from fdconv_zoo.convert import init_static, named_fd_layers
 from tests.compare import randomise_norms, relative_error
 
 CLASSES = 7
-# Batch norms, KSM's among them, above which random branches add up to an overflow in float32.
-DEEP = 60
+# Batch norms, KSM's among them, above which random branches blow up float32's rounding errors, and then overflow.
+DEEP = 30
 
 
 @torch.no_grad()
 def stir(model: nn.Module) -> nn.Module:
     """Moves every norm and every gate off the values at which they do nothing, in place.
 
-    Batch norms are quieter in a deep network, whose random branches would otherwise add up to an overflow.
+    Batch norms are quieter in a deep network: a ResNet-18 with others is no closer than 1e-4 to itself in float64.
     """
     randomise_norms(model)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

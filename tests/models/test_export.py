@@ -97,7 +97,7 @@ def test_inductor(name, kwargs):
 @every_model
 @torch.no_grad()
 def test_exported_program(name, kwargs, tmp_path):
-    """In float64: a ResNet-18 that no image has trained makes errors of 1e-4 out of float32's rounding."""
+    """In float64, where no error hides behind rounding."""
     model = build(name, kwargs).double()
     images = [x.double() for x in inputs(name)]
     program = torch.export.export(model, (images[0],), dynamic_shapes=(free_dimensions(name),))
