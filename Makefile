@@ -13,12 +13,14 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python scripts/validate.py --demo
 
-test: .venv/.installed
-	$(BIN)/python -m pytest
-
 # Two processes of one thread each; all tests of a model run in one of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test: .venv/.installed
+	$(PYTEST)
+
 test-all: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' -n 2 --dist loadgroup
+	$(PYTEST) -m 'slow or not slow'
 
 cards: .venv/.installed
 	$(BIN)/python -m hub.model_cards --check

@@ -9,6 +9,14 @@ from fdconv_zoo.layers import fdw
 band_index = lru_cache(maxsize=32)(fdw.band_index)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With pytest-xdist, one process runs all tests of a file of scripts/: they share training runs and pages."""
+    for item in items:
+        if item.path.parent.name == "scripts":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sort_once():
     with pytest.MonkeyPatch.context() as patch:
