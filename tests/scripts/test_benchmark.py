@@ -160,7 +160,9 @@ def test_peak_is_what_was_in_use_at_once():
         for _ in range(3):
             torch.ones(size // 4).add_(1)
 
-    peak = benchmark_memory.measure_peak(allocate, torch.device("cpu"))
+    # The peak is that of the process, and threads of earlier tests may allocate too: one measurement of three is clean.
+    peaks = [benchmark_memory.measure_peak(allocate, torch.device("cpu")) for _ in range(3)]
+    peak = min(peaks, key=lambda peak: peak.growth if peak else 0)
     if benchmark_memory.RESET_PEAK.exists():
         assert size * 0.95 < peak.growth < size * 1.5
         assert peak.total > peak.growth
