@@ -20,6 +20,7 @@ from fdconv_zoo.convert import named_fd_layers
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference.py"
 GATE_STD = 0.02
+BRANCH_SCALE = 0.2
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ def move_gates(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def open_branches(model: nn.Module) -> nn.Module:
+    """Give weight to residual branches that start at zero or nearly: the output then depends on the layers in them.
+
+    They end in a norm with a weight of zero in timm's ResNets, and in a layer scale of 1e-6 in ConvNeXts.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and name.endswith(("weight", "gamma")) and parameter.abs().max() < 1e-3:
+            parameter.fill_(BRANCH_SCALE)
+    return model
+
+
 def model_pair(name: str, img_size: int, seed: int, model_kwargs: Mapping[str, Any]) -> Pair:
     """Create a registered FDConv model, with its keyword arguments, and its static twin, with random weights.
 
@@ -85,7 +98,7 @@ def model_pair(name: str, img_size: int, seed: int, model_kwargs: Mapping[str, A
                 model.set_input_size(img_size=img_size)
         except (TypeError, RuntimeError, AssertionError) as error:
             raise ValueError(f"{model_name}: {error}") from error
-        models.append(model)
+        models.append(open_branches(model))
     return Pair(name, twin, move_gates(models[0], seed), models[1], (3, img_size, img_size))
 
 

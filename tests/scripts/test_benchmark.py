@@ -182,6 +182,17 @@ def test_no_gate_is_one_after_the_gates_were_moved_and_the_seed_decides():
         assert not torch.equal(states[0][name], states[2][name])
 
 
+@pytest.mark.parametrize("name", ["resnet18_fdconv", "convnext_atto_fdconv"])
+@torch.no_grad()
+def test_outputs_depend_on_layers_in_branches_that_start_at_zero(name):
+    model = benchmark_models.model_pair(name, 64, 0, {"num_bands": 8}).fdconv.eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = model(x)
+    for _, layer in named_fd_layers(model):
+        layer.reset_modulation()
+    assert relative_error(model(x), before) > 1e-4
+
+
 def test_pairs_are_a_model_and_its_twin():
     pair = benchmark_models.model_pair("resnet18_fdconv", 64, 0, {"num_bands": 8})
     assert pair.static_name == "resnet18"
