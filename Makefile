@@ -19,8 +19,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 test: .venv/.installed
 	$(PYTEST)
 
+# Models are saved by the hundred: what passed leaves nothing behind, or tens of gigabytes fill up.
 test-all: .venv/.installed
-	$(PYTEST) -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow' -o tmp_path_retention_policy=failed
 
 cards: .venv/.installed
 	$(BIN)/python -m hub.model_cards --check
