@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import FDConv2d, FDLinear, to_spectrum
-from .layers.fdw import column_scale, weight_to_matrix
+from .layers.fdw import GainMaps
+from .layers.fourier import column_scale, weight_to_matrix
 
 _logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def summary(model: nn.Module, include: Include | None = None) -> list[LayerRepor
 def _keywords_of(layer_class: type[nn.Module]) -> set[str]:
     """Keyword arguments of a layer that its static source does not decide."""
     parameters = inspect.signature(layer_class).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"device", "dtype"}
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"init_weights", "device", "dtype"}
 
 
 def _place(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -153,14 +154,15 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
         )
     linear_kwargs = {key: value for key, value in kwargs.items() if key in _keywords_of(FDLinear)}
     replaced: dict[nn.Module, FDLayer] = {}
+    gain_maps: GainMaps = {}
     layers = list(_static_layers(model, include))
     for name, module, reason in layers:
         if not reason and module not in replaced:
             try:
                 if isinstance(module, nn.Conv2d):
-                    replaced[module] = FDConv2d.from_conv(module, **kwargs)
+                    replaced[module] = FDConv2d.from_conv(module, gain_maps, **kwargs)
                 else:
-                    replaced[module] = FDLinear.from_linear(module, **linear_kwargs)
+                    replaced[module] = FDLinear.from_linear(module, gain_maps, **linear_kwargs)
             except ValueError as error:
                 raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:

@@ -1,4 +1,4 @@
-"""Random weights that leave no term trivial, and comparison of a layer with the reference."""
+"""Random weights that leave no term trivial, and comparison of a layer with the literal."""
 
 from collections.abc import Callable
 

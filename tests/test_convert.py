@@ -22,7 +22,7 @@ from fdconv_zoo import (
 )
 from fdconv_zoo.convert import filter_pretrained, init_static, named_fd_layers
 from fdconv_zoo.fdconv_resnet import FDConvResNet
-from tests import reference
+from fdconv_zoo.layers.ops import literal
 from tests.compare import randomise, randomise_norms, relative_error
 
 # The smallest of each family; names are timm's, classes torchvision's.
@@ -555,7 +555,7 @@ HEADS = ("kernel_fc", "channel_fc", "filter_fc", "spatial_fc")
 def official_layer(layer):
     """The state of a layer under the official names and in the official units."""
     state = layer.state_dict()
-    factor = reference.parseval_factor(layer.fdw.rows, layer.fdw.columns).float()
+    factor = literal.parseval_factor(layer.fdw.rows, layer.fdw.columns).float()
     half_spectrum = state["fdw.spectrum"] / factor[:, None]
     out = {"dft_weight": half_spectrum[None] / (min(layer.static_shape[:2]) // 2)}
     for kind in ("weight", "bias"):
@@ -637,7 +637,7 @@ def test_official_checkpoints_with_static_layers_among_them(backbone):
     for name in static:
         expected = own[f"{name}.fdw.spectrum"]
         twin = backbone.get_submodule(name).static_twin().weight
-        assert relative_error(converted[f"{name}.fdw.spectrum"], reference.spectrum_of(twin)) < 1e-6
+        assert relative_error(converted[f"{name}.fdw.spectrum"], literal.spectrum_of(twin)) < 1e-6
         assert not converted[f"{name}.ksm.heads.weight"].any()
         assert expected.shape == converted[f"{name}.fdw.spectrum"].shape
     model.load_state_dict(converted)

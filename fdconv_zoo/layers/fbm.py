@@ -5,7 +5,7 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, http
 What differs from the official code:
 - The band masks are those of the paper at any map size. The official ones are made once on a 64x64 grid, lose 1/4 to
   rounding and are stretched to the map; `mask_grid=64` asks for exactly that.
-- A band limit is a box in frequency, so it is separable: small matrix products and no FFT (band_filters.py).
+- A band limit is a box in frequency, so it is separable: small matrix products and no FFT (low_pass.py).
 - One 3x3 convolution makes the gates of all bands.
 """
 
@@ -13,12 +13,11 @@ from fractions import Fraction
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .band_filters import MAX_DENOMINATOR, low_passes
-from .eager_fbm import eager_modulate_bands
-from .functional import is_exporting
+from .low_pass import MAX_DENOMINATOR, low_passes
+from .ops import modulate_bands
+from .ops.traced import band_gates
 
 
 def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
@@ -28,32 +27,6 @@ def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
         raise ValueError(
             f"cutoffs={tuple(cutoffs)}, but they must fall strictly, within 0.5 >= cutoff > 0 cycles per pixel"
         )
-
-
-def modulate_bands(
-    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
-) -> Tensor:
-    """Gates the frequency bands of a feature map place by place (Eq. 8-10).
-
-    Args:
-        x: Feature map (B, C, H, W), any floating dtype; filtered in float32 at least.
-        weight: Gate convolution (bands, C, 3, 3).
-        bias: Its bias (bands,).
-        cutoffs: Band limits as (numerator, denominator), widest first. The band below the last is left as it is.
-        mask_grid: None, or the side of the official mask grid.
-
-    Returns:
-        Modulated map (B, C, H, W), dtype of `x`.
-    """
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    weight, bias = weight.to(exact.dtype), bias.to(exact.dtype)
-    gates = 2 * torch.sigmoid(F.conv2d(exact, weight, bias, padding=1))
-    # sum_i A_i (low_{i-1} - low_i) + low_last, with one product for each low-pass instead of two.
-    steps = torch.cat([gates[:, 1:], torch.ones_like(gates[:, :1])], dim=1) - gates
-    modulated = gates[:, :1] * exact
-    for i, low in enumerate(low_passes(exact, cutoffs, mask_grid)):
-        modulated = torch.addcmul(modulated, steps[:, i : i + 1], low)
-    return modulated.to(x.dtype)
 
 
 class FBM(nn.Module):
@@ -96,10 +69,18 @@ class FBM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Modulates a feature map (B, C, H, W), whose shape and dtype the result has."""
-        if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
-            return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
-        else:
-            return eager_modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+        return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> Tensor:
+        """Modulation maps A_i (B, bands - 1, H, W) of a feature map (B, C, H, W), highest band first (Eq. 10)."""
+        return band_gates(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    @torch.jit.ignore
+    def bands(self, x: Tensor) -> Tensor:
+        """Frequency bands (bands, B, C, H, W) of a feature map (B, C, H, W), highest first; their sum is the map."""
+        edges = [x, *low_passes(x, self.cutoffs, self.mask_grid), torch.zeros_like(x)]
+        return torch.stack([above - below for above, below in pairwise(edges)])
 
     def extra_repr(self) -> str:
         limits = ", ".join(f"{n}/{d}" for n, d in self.cutoffs)

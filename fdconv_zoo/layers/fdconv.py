@@ -14,12 +14,12 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
-from . import compiled  # noqa: F401  registers the operators of torch.compile
-from .eager import Inputs, eager_conv2d
 from .fbm import FBM
-from .fdw import FDW, matrix_to_weight, weight_to_matrix
-from .functional import autocast_dtype, dynamic_conv2d, is_exporting, without_autocast
+from .fdw import FDW, GainMaps
+from .fourier import matrix_to_weight, weight_to_matrix
 from .ksm import KSM
+from .ops import dynamic_conv2d
+from .ops.types import Geometry, Inputs
 
 
 def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -39,6 +39,7 @@ class _FDLayer(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int],
+        *,
         bias: bool,
         num_bands: int,
         reduction: float,
@@ -49,6 +50,7 @@ class _FDLayer(nn.Module):
         norm_layer: Callable[..., nn.Module],
         act_layer: Callable[..., nn.Module],
         recompute: bool,
+        init_weights: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -61,15 +63,31 @@ class _FDLayer(nn.Module):
         self.kernel_shape = kernel_size
         self.recompute = recompute
         factory = {"device": device, "dtype": dtype}
-        rows, columns = out_channels * kernel_size[0], in_channels * kernel_size[1]
-        self.fdw = FDW(rows, columns, num_bands, mask_grid is not None, columns * kernel_size[0], **factory)
+        self.fdw = FDW(
+            rows=out_channels * kernel_size[0],
+            columns=in_channels * kernel_size[1],
+            num_bands=num_bands,
+            official_order=mask_grid is not None,
+            fan_in=in_channels * kernel_size[0] * kernel_size[1],
+            init_weights=init_weights,
+            **factory,
+        )
         self.ksm = KSM(
-            in_channels, out_channels, kernel_size, num_bands, reduction, ksm, norm_layer, act_layer, **factory
+            in_channels,
+            out_channels,
+            kernel_size,
+            num_bands=num_bands,
+            reduction=reduction,
+            modulate_weight=ksm,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            **factory,
         )
         has_bands = fbm and kernel_size != (1, 1)
         self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
-        self._reset_bias()
+        if init_weights:
+            self._reset_bias()
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -96,12 +114,15 @@ class _FDLayer(nn.Module):
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1."""
+        if self.fdw.gain_index is None:
+            self.fdw.init_non_persistent_buffers()
         self.fdw.set_matrix(weight if weight.dim() == 2 else weight_to_matrix(weight))
         if self.bias is not None:
             self.bias.copy_(bias)
         self.reset_modulation()
 
-    def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
+    def _adopt(self, static: nn.Conv2d | nn.Linear, gain_maps: GainMaps | None) -> None:
+        self.fdw.init_non_persistent_buffers(gain_maps)
         self.set_static(static.weight, static.bias)
         self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
         if self.bias is not None:
@@ -115,45 +136,21 @@ class _FDLayer(nn.Module):
         return twin.train(self.training)
 
     def _forward_map(self, x: Tensor, channels_last: bool) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._convolve(x, channels_last)
-        else:
-            dtype = autocast_dtype(x)
-            with without_autocast(x.device.type):
-                return self._convolve(x.to(dtype), channels_last)
+        if not torch.jit.is_scripting():
+            device = x.device.type
+            if device != "meta" and torch.is_autocast_enabled(device):
+                dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+                with torch.autocast(device, enabled=False):
+                    return self._convolve(x.to(dtype), channels_last)
+        return self._convolve(x, channels_last)
 
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
-        spectrum = self.fdw.exact_spectrum()
-        gates, local_input = self.ksm(x.mean([2, 3], dtype=spectrum.dtype))
-        gates = [gate.to(spectrum.dtype) for gate in gates]
-        element: Tensor | None = None
-        scale: Tensor | None = None
-        local_weight: Tensor | None = None
-        if self.ksm.local_conv is not None and local_input is not None:
-            local_weight = self.ksm.local_conv.weight.to(spectrum.dtype)
-            local_input = local_input.to(spectrum.dtype)
-            element = gates[1]
-            # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
-            scale = 2 * gates[2]
-            if len(gates) > 3:
-                kh, kw = self.kernel_shape
-                element = (gates[3].view(-1, kh, 1, kw) * element[:, None, :, None]).flatten(1)
+        spectrum = self.fdw()
+        gates = self.ksm(x.mean([2, 3], dtype=spectrum.coefficients.dtype))
         if self.fbm is not None:
             x = self.fbm(x)
-        bias = None if self.bias is None else self.bias[:, None, None]
-        if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
-            out = dynamic_conv2d(
-                x, gates[0], element, scale, local_input, spectrum, local_weight, self.fdw.gain_map(),
-                self.kernel_shape, self.stride, self.pads, self.dilation,
-            )  # fmt: skip
-            return out if bias is None else out + bias.to(out.dtype)
-        else:
-            inputs = Inputs(x, gates[0], element, scale, local_input, spectrum, local_weight)
-            out = eager_conv2d(
-                inputs, self.fdw.gain_map(), self.kernel_shape, self.stride, self.pads, self.dilation, channels_last,
-                self.recompute,
-            )  # fmt: skip
-            return out if bias is None else out.add_(bias.to(out.dtype))
+        geometry = Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
+        return dynamic_conv2d(Inputs(x, gates, spectrum), geometry, self.bias, channels_last, self.recompute)
 
 
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
@@ -179,6 +176,7 @@ class FDConv2d(_FDLayer):
         norm_layer: Normalisation in KSM.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
+        init_weights: False leaves static weight and bias to be set.
         device: Device of the parameters.
         dtype: Dtype of the parameters; spectra are computed in float32 at least.
 
@@ -209,15 +207,30 @@ class FDConv2d(_FDLayer):
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
+        init_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if groups != 1:
             raise ValueError(f"groups={groups}, but FDConv2d has one weight matrix for all channels: only groups=1")
         super().__init__(
-            in_channels, out_channels, to_2tuple(kernel_size), bias, num_bands, reduction, cutoffs, mask_grid, ksm, fbm,
-            norm_layer, act_layer, recompute, device, dtype,
-        )  # fmt: skip
+            in_channels,
+            out_channels,
+            to_2tuple(kernel_size),
+            bias=bias,
+            num_bands=num_bands,
+            reduction=reduction,
+            cutoffs=cutoffs,
+            mask_grid=mask_grid,
+            ksm=ksm,
+            fbm=fbm,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            recompute=recompute,
+            init_weights=init_weights,
+            device=device,
+            dtype=dtype,
+        )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = to_2tuple(kernel_size)
@@ -241,11 +254,12 @@ class FDConv2d(_FDLayer):
             self.pads = (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "FDConv2d":
+    def from_conv(cls, conv: nn.Conv2d, gain_maps: GainMaps | None = None, **kwargs: Any) -> "FDConv2d":
         """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
 
         Args:
             conv: Source layer, unchanged.
+            gain_maps: Gain maps of other layers, shared with those of the same size; this one's is added.
             **kwargs: Keyword arguments of FDConv2d.
 
         Raises:
@@ -258,10 +272,20 @@ class FDConv2d(_FDLayer):
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode={conv.padding_mode!r}, but FDConv2d pads with zeros only")
         layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype, **kwargs,
-        )  # fmt: skip
-        layer._adopt(conv)
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            init_weights=False,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **kwargs,
+        )
+        layer._adopt(conv, gain_maps)
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,12 +294,9 @@ class FDConv2d(_FDLayer):
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
-        if torch.jit.is_scripting():
-            return self._forward_map(x, False)
-        else:
-            channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-            out = self._forward_map(x, channels_last)
-            return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        out = self._forward_map(x, channels_last)
+        return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
     @property
     def static_shape(self) -> tuple[int, int, int, int]:
@@ -286,7 +307,7 @@ class FDConv2d(_FDLayer):
     def static_twin(self) -> nn.Conv2d:
         """nn.Conv2d with the weight and bias that this layer has where every gate is 1."""
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
             bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
         )  # fmt: skip
         return self._copy_static_to(conv, matrix_to_weight(self.fdw.matrix(), self.kernel_size))
@@ -312,6 +333,7 @@ class FDLinear(_FDLayer):
         norm_layer: Normalisation in KSM.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
+        init_weights: False leaves static weight and bias to be set.
         device: Device of the parameters.
         dtype: Dtype of the parameters; spectra are computed in float32 at least.
 
@@ -334,24 +356,40 @@ class FDLinear(_FDLayer):
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
+        init_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, out_features, (1, 1), bias, num_bands, reduction, (), None, ksm, False,
-            norm_layer, act_layer, recompute, device, dtype,
-        )  # fmt: skip
+            in_features,
+            out_features,
+            (1, 1),
+            bias=bias,
+            num_bands=num_bands,
+            reduction=reduction,
+            cutoffs=(),
+            mask_grid=None,
+            ksm=ksm,
+            fbm=False,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            recompute=recompute,
+            init_weights=init_weights,
+            device=device,
+            dtype=dtype,
+        )
         self.in_features = in_features
         self.out_features = out_features
         self.stride = self.dilation = (1, 1)
         self.pads = (0, 0, 0, 0)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> "FDLinear":
+    def from_linear(cls, linear: nn.Linear, gain_maps: GainMaps | None = None, **kwargs: Any) -> "FDLinear":
         """Layer that computes the same function as `linear`, on its device, in its dtype and training mode.
 
         Args:
             linear: Source layer, unchanged.
+            gain_maps: Gain maps of other layers, shared with those of the same size; this one's is added.
             **kwargs: Keyword arguments of FDLinear.
 
         Raises:
@@ -362,10 +400,15 @@ class FDLinear(_FDLayer):
                 f"{type(linear).__name__} may compute something else than nn.Linear, which alone is converted"
             )
         layer = cls(
-            linear.in_features, linear.out_features, linear.bias is not None,
-            device=linear.weight.device, dtype=linear.weight.dtype, **kwargs,
-        )  # fmt: skip
-        layer._adopt(linear)
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            init_weights=False,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+            **kwargs,
+        )
+        layer._adopt(linear, gain_maps)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,67 +8,23 @@ along the channel axis, gates each weight element.
 What differs from the official code:
 - Every head starts at zero, so every gate starts at exactly 1 (the official code misses the filter head).
 - The four heads are one linear layer.
-- The local branch is a product of a (Cout*kh, kw*t) and a (kw*t, Cin*kw) matrix, in the layout of the FDW's output.
+- The local branch's convolution is left to the operator, which makes the dense gate a sample at a time.
 """
 
 import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
+
+from .ops.traced import local_logits
+from .ops.types import Gates
 
 
 def local_kernel_size(in_channels: int) -> int:
     """Taps t of the local branch, odd: round(log2(Cin)/2 + 0.5) // 2 * 2 + 1."""
     return round(math.log2(in_channels) / 2 + 0.5) // 2 * 2 + 1
-
-
-def channel_taps(pooled: Tensor, num_taps: int, kernel_width: int) -> Tensor:
-    """Neighbours of each channel, as the right-hand side of a matrix product (Sec. 3.2, local channel branch).
-
-    Args:
-        pooled: Normalised pooled input (B, Cin).
-        num_taps: Taps t of the convolution along the channel axis, odd.
-        kernel_width: kw. Each kernel column has filters of its own; a block pattern keeps them apart.
-
-    Returns:
-        Taps (B, kw*t, Cin*kw).
-    """
-    batch, channels = pooled.shape[0], pooled.shape[1]
-    padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
-    taps = padded.unfold(1, channels, 1).contiguous()
-    if kernel_width > 1:
-        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
-        taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
-    return taps
-
-
-def channel_taps_adjoint(grad: Tensor, kernel_width: int) -> Tensor:
-    """Gradient (B, Cin) of the input of :func:`channel_taps`, given that of its output (B, kw*t, Cin*kw)."""
-    batch, rows, columns = grad.shape
-    taps, channels = rows // kernel_width, columns // kernel_width
-    grad = grad.view(batch, kernel_width, taps, channels, kernel_width).diagonal(dim1=1, dim2=4).sum(-1)
-    padded = grad.new_zeros(batch, channels + taps - 1)
-    for t in range(taps):
-        padded[:, t : t + channels].add_(grad[:, t])
-    return padded[:, taps // 2 : taps // 2 + channels].clone(memory_format=torch.contiguous_format)
-
-
-def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
-    """Logits of the dense gate, a convolution along the channel axis (Sec. 3.2, local channel branch).
-
-    Args:
-        pooled: Normalised pooled input (B, Cin).
-        weight: Convolution weight (Cout*kh*kw, 1, t).
-        kernel_width: kw.
-
-    Returns:
-        Logits (B, Cout*kh, Cin*kw) in the layout of the weight matrix.
-    """
-    filters = weight.reshape(1, -1, kernel_width * weight.shape[2])
-    return torch.bmm(filters.expand(pooled.shape[0], -1, -1), channel_taps(pooled, weight.shape[2], kernel_width))
 
 
 class KSM(nn.Module):
@@ -103,6 +59,7 @@ class KSM(nn.Module):
         super().__init__()
         hidden = max(int(in_channels * reduction), 16)
         positions = kernel_size[0] * kernel_size[1]
+        self.kernel_size = kernel_size
         self.modulate_weight = modulate_weight
         self.sections = [num_bands]
         if modulate_weight:
@@ -113,15 +70,8 @@ class KSM(nn.Module):
         self.heads = nn.Linear(hidden, sum(self.sections), device=device, dtype=dtype)
         if modulate_weight:
             self.local_norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
-            self.local_conv = nn.Conv1d(
-                1,
-                out_channels * positions,
-                local_kernel_size(in_channels),
-                padding="same",
-                bias=False,
-                device=device,
-                dtype=dtype,
-            )
+            num_taps, maps = local_kernel_size(in_channels), out_channels * positions
+            self.local_conv = nn.Conv1d(1, maps, num_taps, padding="same", bias=False, device=device, dtype=dtype)
         else:
             self.local_norm = self.local_conv = None
         self.reset_parameters()
@@ -137,27 +87,39 @@ class KSM(nn.Module):
         if self.local_conv is not None:
             nn.init.zeros_(self.local_conv.weight)
 
-    def forward(self, pooled: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Computes the gates of each sample.
+    def forward(self, pooled: Tensor) -> Gates:
+        """Computes the gates of each sample, all but the dense one, whose input and weight stand for it.
 
         Args:
-            pooled: Mean of the input over space (B, Cin).
-
-        Returns:
-            Gates of bands (B, n), channels (B, Cin), filters (B, Cout) and positions (B, kh*kw), the last only where
-            the kernel is larger than 1 and only the first where `modulate_weight` is off; and the normalised input
-            (B, Cin) of the local branch, or None.
+            pooled: Mean of the input over space (B, Cin); the gates have its dtype.
 
         Raises:
             ValueError: If BatchNorm would have to train on a batch of one.
         """
         if not torch.jit.is_scripting():
             self._check_batch(pooled)
-        pooled = pooled.to(self.fc.weight.dtype)
-        hidden = self.act(self.norm(self.fc(pooled)[:, :, None, None])).flatten(1)
-        gates = 2 * torch.sigmoid(self.heads(hidden))
-        local_input = self.local_norm(pooled) if self.local_norm is not None else None
-        return gates.split(self.sections, dim=1), local_input
+        own = pooled.to(self.fc.weight.dtype)
+        hidden = self.act(self.norm(self.fc(own)[:, :, None, None])).flatten(1)
+        gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype).split(self.sections, dim=1)
+        channels: Tensor | None = None
+        filters: Tensor | None = None
+        positions: Tensor | None = None
+        local_input: Tensor | None = None
+        local_weight: Tensor | None = None
+        if self.local_norm is not None and self.local_conv is not None:
+            channels, filters = gates[1], gates[2]
+            if len(gates) > 3:
+                positions = gates[3]
+            local_input = self.local_norm(own).to(pooled.dtype)
+            local_weight = self.local_conv.weight.to(pooled.dtype)
+        return Gates(gates[0], channels, filters, positions, local_input, local_weight)
+
+    @torch.jit.ignore
+    def dense_gate(self, gates: Gates) -> Tensor | None:
+        """Gate of each weight element (B, Cout*kh, Cin*kw), in the layout of the weight matrix, or None without it."""
+        if gates.local_input is None:
+            return None
+        return 2 * torch.sigmoid(local_logits(gates.local_input, gates.local_weight, self.kernel_size[1]))
 
     def _check_batch(self, pooled: Tensor) -> None:
         if isinstance(self.norm, nn.BatchNorm2d) and self.norm.training and pooled.shape[0] == 1:

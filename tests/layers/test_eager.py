@@ -6,9 +6,14 @@ import torch
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear, summary
-from fdconv_zoo.layers import eager
-from fdconv_zoo.layers.functional import dynamic_conv2d
+from fdconv_zoo.layers.ops.eager import limits
+from fdconv_zoo.layers.ops.traced import dynamic_conv2d
+from fdconv_zoo.layers.ops.types import Gates, Geometry, Inputs, Plan
 from tests.compare import randomise, relative_error
+
+
+def only_bands(gains):
+    return Gates(gains, None, None, None, None, None)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -17,7 +22,8 @@ from tests.compare import randomise, relative_error
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_output_may_be_changed_in_place(kernel_size, size, samples, recompute, monkeypatch):
     layer = randomise(FDConv2d(18, 20, kernel_size, bias=False, num_bands=4, recompute=recompute))
-    monkeypatch.setattr(eager, "CPU_CHUNK", samples * layer.fdw.rows * layer.fdw.columns)
+    chunk = samples * layer.fdw.rows * layer.fdw.columns
+    monkeypatch.setattr(limits, "CPU", limits.CPU._replace(chunk=chunk))
     x = torch.randn(4, 18, size, size, requires_grad=True)
     expected = torch.autograd.grad(torch.relu(layer(x)).square().sum(), [x, *layer.parameters()])
     found = torch.autograd.grad(torch.relu_(layer(x)).square().sum(), [x, *layer.parameters()])
@@ -27,14 +33,15 @@ def test_the_output_may_be_changed_in_place(kernel_size, size, samples, recomput
 
 def test_the_traceable_form_has_second_derivatives():
     layer = FDConv2d(3, 4, 3, padding=1, num_bands=2, dtype=torch.float64)
-    spectrum, gain_map = layer.fdw.spectrum, layer.fdw.gain_map()
+    made = layer.fdw()
     x, bands = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.rand(2, 2, dtype=torch.float64)
 
     def function(x, bands, spectrum):
-        geometry = (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)
-        return dynamic_conv2d(x, bands, None, None, None, spectrum, None, gain_map, *geometry)
+        geometry = Geometry((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+        inputs = Inputs(x, only_bands(bands), made._replace(coefficients=spectrum))
+        return dynamic_conv2d(inputs, geometry, for_onnx=False)
 
-    inputs = [tensor.detach().requires_grad_() for tensor in (x, bands, spectrum)]
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, bands, made.coefficients)]
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -51,17 +58,18 @@ def test_a_backward_pass_inside_of_autocast_stays_in_float32():
 
 def test_large_patches_are_not_unfolded():
     layer = FDConv2d(18, 20, 3, padding=1, num_bands=4)
-    inputs = eager.Inputs(torch.randn(8, 18, 40, 40), torch.ones(8, 4), None, None, None, layer.fdw.spectrum, None)
-    plan = eager.Plan.make(inputs, layer.fdw.gain_map(), (3, 3), (1, 1), (1, 1), (1, 1), channels_last=True)
+    inputs = Inputs(torch.randn(8, 18, 40, 40), only_bands(torch.ones(8, 4)), layer.fdw())
+    geometry = Geometry((3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    plan = Plan.make(inputs, geometry, limits.CPU, channels_last=True)
     assert plan.chunk > 1
-    assert plan.geometry.by_groups
+    assert plan.by_groups
 
 
 def test_one_filter_of_one_column_on_a_large_map(monkeypatch):
     layer = randomise(FDConv2d(8, 1, (3, 1), padding=(1, 0), num_bands=4, dtype=torch.float64))
     x = torch.randn(2, 8, 40, 40, dtype=torch.float64)
     found = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-    monkeypatch.setattr(eager, "MATMUL_PLACES", 1 << 30)
+    monkeypatch.setattr(limits, "CPU", limits.CPU._replace(places=1 << 30))
     expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < 1e-12

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import eager, eager_fbm, transform
-from tests import reference
+from fdconv_zoo.layers.ops.eager import bands, limits
+from fdconv_zoo.layers.ops import literal
 from tests.compare import assert_matches, randomise, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -74,7 +74,7 @@ def layer_and_input(config, dtype=torch.float64, **overrides):
 def reference_of(layer, config):
     known = ("stride", "padding", "dilation", "cutoffs", "ksm", "num_bands")
     keywords = {key: value for key, value in config[3].items() if key in known}
-    return partial(reference.fdconv2d, shape=layer.static_shape, training=layer.training, **keywords)
+    return partial(literal.fdconv2d, shape=layer.static_shape, training=layer.training, **keywords)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -135,7 +135,7 @@ def test_linear_matches_the_reference(config, training):
     in_features, out_features, keywords, leading = config
     layer = randomise(FDLinear(in_features, out_features, dtype=torch.float64, **keywords)).train(training)
     known = {key: value for key, value in keywords.items() if key != "bias"}
-    run = partial(reference.fdlinear, shape=(out_features, in_features), training=training, **known)
+    run = partial(literal.fdlinear, shape=(out_features, in_features), training=training, **known)
     x = torch.randn(*leading, in_features, dtype=torch.float64)
     assert_matches(layer, x, run, tol=1e-9 if training else 1e-11)
 
@@ -149,13 +149,17 @@ def test_linear_of_a_view_that_is_not_contiguous():
 # --- every way of computing it
 
 
+def set_limits(monkeypatch, **changed):
+    monkeypatch.setattr(limits, "CPU", limits.CPU._replace(**changed))
+
+
 @pytest.mark.parametrize("name", ["3x3", "3x3 of a large map", "1x1", "more samples than groups, large map"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("samples", [1, 2, 4])
 def test_chunks_change_nothing(name, recompute, samples, monkeypatch):
     config = (*CONFIGS[name][:4], (5, *CONFIGS[name][4][1:]))
     layer, x = layer_and_input(config, recompute=recompute)
-    monkeypatch.setattr(eager, "CPU_CHUNK", samples * layer.fdw.rows * layer.fdw.columns)
+    set_limits(monkeypatch, chunk=samples * layer.fdw.rows * layer.fdw.columns)
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=1e-11)
 
 
@@ -163,7 +167,7 @@ def test_chunks_change_nothing(name, recompute, samples, monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["3x3 odd channels, uneven groups", "1x1 of a large map", "more samples than groups"])
 def test_blocks_change_nothing(name, recompute, elements, monkeypatch):
-    monkeypatch.setattr(transform, "CACHE_ELEMENTS", elements)
+    set_limits(monkeypatch, block=elements)
     layer, x = layer_and_input(CONFIGS[name], recompute=recompute)
     assert_matches(layer.eval(), x, reference_of(layer, CONFIGS[name]), tol=1e-11)
 
@@ -171,7 +175,7 @@ def test_blocks_change_nothing(name, recompute, elements, monkeypatch):
 @pytest.mark.parametrize("elements", [1, 150, 400])
 @pytest.mark.parametrize("ksm", [False, True])
 def test_blocks_change_nothing_for_one_sample_and_without_gates(ksm, elements, monkeypatch):
-    monkeypatch.setattr(transform, "CACHE_ELEMENTS", elements)
+    set_limits(monkeypatch, block=elements)
     layer, x = layer_and_input(CONFIGS["3x3"], ksm=ksm)
     run = partial(reference_of(layer.eval(), CONFIGS["3x3"]), ksm=ksm)
     assert_matches(layer, x[:1], run, tol=1e-11)
@@ -179,18 +183,22 @@ def test_blocks_change_nothing_for_one_sample_and_without_gates(ksm, elements, m
 
 
 @pytest.mark.parametrize(
-    ("module", "constant", "value"),
+    "changed",
     [
-        (eager, "MATMUL_PLACES", 0),
-        (eager, "MATMUL_PLACES", 1 << 30),
-        (eager, "BANK_LIMIT", 0),
-        (transform, "PACKED_ELEMENTS", 0),
-        (eager_fbm, "MATRIX_PLACES", 0),
+        {"places": 0},
+        {"places": 1 << 30},
+        {"bank": 0},
+        {"packed": 0},
+        limits.OTHER._asdict(),
+        {"matrix_places": 0},
     ],
+    ids=str,
 )
 @on_grid
-def test_each_way_to_make_and_to_apply_the_weights(config, module, constant, value, monkeypatch):
-    monkeypatch.setattr(module, constant, value)
+def test_each_way_to_make_and_to_apply_the_weights(config, changed, monkeypatch):
+    changed = dict(changed)
+    monkeypatch.setattr(bands, "MATRIX_PLACES", changed.pop("matrix_places", bands.MATRIX_PLACES))
+    set_limits(monkeypatch, **changed)
     layer, x = layer_and_input(config)
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=1e-11)
     assert_matches(layer, x.contiguous(memory_format=torch.channels_last), reference_of(layer, config), 1e-11)

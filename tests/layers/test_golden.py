@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from fdconv_zoo import FDConv2d, convert_official_state_dict
-from fdconv_zoo.layers.fdw import column_scale
+from fdconv_zoo.layers.fourier import column_scale
 from tests.compare import relative_error
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))

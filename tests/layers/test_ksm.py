@@ -5,8 +5,8 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
-from fdconv_zoo.layers.ksm import KSM, local_kernel_size, local_logits
-from tests import reference
+from fdconv_zoo.layers.ksm import KSM, local_kernel_size
+from fdconv_zoo.layers.ops import literal
 from tests.compare import randomise, relative_error
 
 # Cin, Cout, (kh, kw), num_bands, reduction
@@ -17,6 +17,12 @@ CONFIGS = [
     (4, 9, (3, 1), 1, 1 / 16),
     (72, 3, (2, 2), 5, 1 / 4),
 ]
+
+
+def made(gates):
+    """The gates of the global branch that a layer has."""
+    found = (gates.bands, gates.channels, gates.filters, gates.positions)
+    return [gate for gate in found if gate is not None]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +43,11 @@ def test_hidden_channels_are_at_least_16(in_channels, reduction, hidden):
 def test_local_logits_are_a_convolution_along_the_channels(in_channels, out_channels, kernel, num_bands, reduction):
     ksm = randomise(KSM(in_channels, out_channels, kernel, num_bands, reduction, dtype=torch.float64))
     pooled = torch.randn(3, in_channels, dtype=torch.float64)
-    gate = 2 * torch.sigmoid(local_logits(ksm.local_norm(pooled), ksm.local_conv.weight, kernel[1]))
+    gate = ksm.dense_gate(ksm(pooled))
     shape = (out_channels, in_channels, *kernel)
     state = {f"ksm.{key}": value for key, value in ksm.state_dict().items()}
     for b in range(3):
-        assert relative_error(gate[b], reference.matrix_of(reference.dense_gate(state, pooled[b], shape))) < 1e-14
+        assert relative_error(gate[b], literal.matrix_of(literal.dense_gate(state, pooled[b], shape))) < 1e-14
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -50,12 +56,12 @@ def test_gates_match_the_reference(in_channels, out_channels, kernel, num_bands,
     ksm = randomise(KSM(in_channels, out_channels, kernel, num_bands, reduction, dtype=torch.float64)).train(training)
     pooled = torch.randn(4, in_channels, dtype=torch.float64)
     state = {f"ksm.{key}": value.clone() for key, value in ksm.state_dict().items()}
-    sizes = reference.gate_sizes(num_bands, (out_channels, in_channels, *kernel), ksm=True)
-    gates, local_input = ksm(pooled)
-    assert [gate.shape for gate in gates] == [(4, size) for size in sizes]
-    for got, wanted in zip(gates, zip(*reference.ksm_gates(state, pooled, sizes, training), strict=True), strict=True):
+    sizes = literal.gate_sizes(num_bands, (out_channels, in_channels, *kernel), ksm=True)
+    gates = ksm(pooled)
+    assert [gate.shape for gate in made(gates)] == [(4, size) for size in sizes]
+    for got, wanted in zip(made(gates), zip(*literal.ksm_gates(state, pooled, sizes, training), strict=True), strict=True):
         assert relative_error(got, torch.stack(wanted)) < 1e-13
-    assert local_input.shape == pooled.shape
+    assert gates.local_input.shape == pooled.shape
     if training:
         hidden = pooled @ ksm.fc.weight.T
         expected = 0.9 * state["ksm.norm.running_mean"] + 0.1 * hidden.mean(0)
@@ -66,26 +72,26 @@ def test_gates_match_the_reference(in_channels, out_channels, kernel, num_bands,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_gate_starts_at_exactly_one(kernel, dtype):
     ksm = KSM(24, 32, kernel, 8, dtype=dtype)
-    gates, local_input = ksm(100 * torch.randn(5, 24))
-    assert len(gates) == (4 if kernel == (3, 3) else 3)
-    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
-    assert not local_logits(local_input, ksm.local_conv.weight, kernel[1]).any()
+    gates = ksm(100 * torch.randn(5, 24))
+    assert len(made(gates)) == (4 if kernel == (3, 3) else 3)
+    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in (*made(gates), ksm.dense_gate(gates)))
     randomise(ksm).reset_parameters()
-    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in ksm(torch.randn(5, 24))[0])
+    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in made(ksm(torch.randn(5, 24))))
 
 
 def test_hidden_layer_starts_random_so_that_the_heads_get_gradients():
     ksm = KSM(24, 32, (3, 3), 8)
-    gates, _ = ksm(torch.randn(5, 24))
-    sum((gate * torch.randn_like(gate)).sum() for gate in gates).backward()
+    gates = ksm(torch.randn(5, 24))
+    sum((gate * torch.randn_like(gate)).sum() for gate in made(gates)).backward()
     assert ksm.heads.weight.grad.abs().amax(1).min() > 0
 
 
 def test_only_the_bands_are_gated_without_weight_modulation():
     ksm = KSM(24, 32, (3, 3), 8, modulate_weight=False)
-    gates, local_input = ksm(torch.randn(5, 24))
-    assert [gate.shape for gate in gates] == [(5, 8)]
-    assert local_input is None
+    gates = ksm(torch.randn(5, 24))
+    assert [gate.shape for gate in made(gates)] == [(5, 8)]
+    assert gates.local_input is None
+    assert ksm.dense_gate(gates) is None
     assert not any(key.startswith("local") for key in ksm.state_dict())
 
 
@@ -109,8 +115,8 @@ def test_a_batch_of_one_in_training_names_the_ways_out():
     ids=["eval", "frozen", "GroupNorm"],
 )
 def test_each_way_out_works(way_out):
-    gates, _ = way_out()(torch.randn(1, 24))
-    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
+    gates = way_out()(torch.randn(1, 24))
+    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in made(gates))
 
 
 def test_other_norm_and_activation():
@@ -118,4 +124,4 @@ def test_other_norm_and_activation():
     randomise(ksm)
     pooled = torch.randn(3, 24, dtype=torch.float64)
     expected = 2 * torch.sigmoid(ksm.heads(nn.functional.gelu(pooled @ ksm.fc.weight.T)))
-    assert relative_error(torch.cat(ksm(pooled)[0], 1).detach(), expected.detach()) < 1e-14
+    assert relative_error(torch.cat(made(ksm(pooled)), 1).detach(), expected.detach()) < 1e-14

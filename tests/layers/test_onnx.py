@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fdconv_zoo.layers.matmul_fft import inverse_dft, inverse_rfft2
+from fdconv_zoo.layers.ops.onnx import inverse_dft, inverse_rfft2
 from tests.compare import relative_error
 
 SHAPES = [(1, 1), (7, 1), (1, 5), (2, 2), (3, 4), (12, 13), (251, 64), (64, 251), (96, 72), (512, 384)]

@@ -1,35 +1,33 @@
-"""FDW's transform from spectrum to weights and its adjoint, in eager mode: fast on a CPU, without autograd.
+"""FDW's transform from spectrum to weights and its adjoint, fast on a CPU, without autograd.
 
 Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.1)
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .fdw import GainMap, gain_table, gather_gains
-
-# Elements of a block of work that stays in a CPU core's cache.
-CACHE_ELEMENTS = 1 << 20
-# Weight elements from which packing pays for its small operations.
-PACKED_ELEMENTS = 1 << 15
+from ...fourier import gather_gains
+from ..types import Plan, Spectrum
 
 
-def row_blocks(matrices: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """Slices of the rows of matrices (B, R, C), of a multiple of rows, that fit a CPU's cache; all rows on a GPU."""
+def row_blocks(matrices: Tensor, size: int | None, multiple: int = 1) -> Iterator[slice]:
+    """Slices of a multiple of rows of matrices (B, R, C), of about `size` elements each; all rows for None."""
     batch, rows, columns = matrices.shape
-    size = rows if matrices.is_cuda else max(1, CACHE_ELEMENTS // (batch * columns * multiple)) * multiple
-    return (slice(start, start + size) for start in range(0, rows, size))
+    step = rows if size is None else max(1, size // (batch * columns * multiple)) * multiple
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def complex_table(gains: Tensor, inner_factor: float) -> Tensor:
-    """:func:`~fdconv_zoo.layers.fdw.gain_table` in complex numbers.
+    """:func:`~fdconv_zoo.layers.fourier.gain_table` in complex numbers.
 
     A product of mixed types would copy the gathered gains to complex numbers first.
     """
-    return gain_table(gains, inner_factor).to(gains.dtype.to_complex())
+    return torch.cat([gains, gains * inner_factor], dim=1).to(gains.dtype.to_complex())
 
 
 def packing_factors(spectrum: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,30 +41,36 @@ def packing_factors(spectrum: Tensor) -> tuple[Tensor, Tensor]:
     return 1j * turn + math.sqrt(0.5), -1j * math.sqrt(0.5) - turn
 
 
+@dataclass
 class Transform:
     """A layer's transform from spectrum to weights, and its adjoint; what all samples share is made once.
 
-    Args:
-        spectrum: Parseval-scaled half spectrum (R, C//2+1, 2), float32 or float64.
-        gain_map: Which gain each coefficient takes.
+    Attributes:
+        spectrum: Spectrum of the weight.
         columns: Columns C of the weight matrix.
+        plan: Plan of the call.
     """
 
-    def __init__(self, spectrum: Tensor, gain_map: GainMap, columns: int) -> None:
-        self.spectrum, self.gain_map, self.columns = spectrum, gain_map, columns
-        enough = len(spectrum) * columns >= PACKED_ELEMENTS
-        self.factors = packing_factors(spectrum) if columns % 2 == 0 and enough and not spectrum.is_cuda else None
+    spectrum: Spectrum
+    columns: int
+    plan: Plan
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """:func:`packing_factors`."""
+        return packing_factors(self.spectrum.coefficients)
 
     def __call__(self, gains: Tensor) -> Tensor:
-        """:func:`~fdconv_zoo.layers.fdw.synthesize` without autograd: gains (B, n) to weight matrices (B, R, C).
+        """:func:`~fdconv_zoo.layers.ops.weight_matrices` without autograd: gains (B, n) to weight matrices (B, R, C).
 
         torch.fft.irfft2 makes two transforms with copies between them; the complex transform of a packed spectrum is
         one.
         """
-        if self.factors is not None:
+        if self.plan.packed:
             return self._unpack(gains, *self.factors)
-        half = gather_gains(complex_table(gains, math.sqrt(0.5)), self.gain_map, self.columns // 2 + 1)
-        half *= torch.view_as_complex(self.spectrum)
+        coefficients, gain_map = self.spectrum
+        half = gather_gains(complex_table(gains, math.sqrt(0.5)), gain_map, self.columns // 2 + 1)
+        half *= torch.view_as_complex(coefficients)
         return torch.fft.irfft(torch.fft.ifft(half, dim=1, norm="ortho"), n=self.columns, dim=2, norm="ortho")
 
     def _unpack(self, gains: Tensor, near: Tensor, far: Tensor) -> Tensor:
@@ -76,9 +80,9 @@ class Transform:
         spectrum Y, M = C/2 and t[k] = i exp(2 pi i k/C), its spectrum is
         Z[u, k] = ((1 + t[k]) Y[u, k] + (1 - t[k]) conj(Y[-u, M-k])) / sqrt(2), orthonormal.
         """
-        rows, half_columns = len(self.spectrum), self.columns // 2
-        index, tiles = self.gain_map
-        spectrum, places = torch.view_as_complex(self.spectrum), index.flatten()
+        rows, half_columns = len(self.spectrum.coefficients), self.columns // 2
+        index, tiles = self.spectrum.gain_map
+        spectrum, places = torch.view_as_complex(self.spectrum.coefficients), index.flatten()
         # Columns 0 and M are their own mirror images, and the mean with it is taken of them: they come at half size.
         table = complex_table(gains * 0.5, math.sqrt(2)).index_select(1, tiles.flatten()).view(-1, *tiles.shape)
         padded = table.new_empty(rows + 1, index.shape[1] * tiles.shape[1])
@@ -111,6 +115,7 @@ class Transform:
         Returns:
             Gradient of the gains (B, n).
         """
+        coefficients, gain_map = self.spectrum
         batch, bins = len(gains), 2 * gains.shape[1]
         sums = torch.zeros(batch * bins, device=gains.device, dtype=gains.dtype)
         # One flat index_add_ with an offset for each sample: along dim 1 it is ten times slower on a CPU.
@@ -118,10 +123,10 @@ class Transform:
         table = complex_table(gains, math.sqrt(2))
         # The Parseval-scaled transform is orthonormal, so its adjoint is its inverse: analyse the gradient.
         half = torch.fft.rfft2(grad, norm="ortho")
-        for block in row_blocks(half):
-            part, block_map = half[:, block], self.gain_map._replace(index=self.gain_map.index[block])
-            products = torch.view_as_real(part) * self.spectrum[block]
-            bin_index = self.gain_map.tiles.index_select(0, block_map.index.flatten())
+        for block in row_blocks(half, self.plan.block):
+            part, block_map = half[:, block], gain_map._replace(index=gain_map.index[block])
+            products = torch.view_as_real(part) * coefficients[block]
+            bin_index = gain_map.tiles.index_select(0, block_map.index.flatten())
             bin_index = bin_index.view(part.shape[1], -1)[:, : part.shape[2]].flatten()
             sums.index_add_(0, (offset + bin_index).flatten(), (products[..., 0] + products[..., 1]).flatten())
             if grad_spectrum is not None:

@@ -1,4 +1,4 @@
-"""Inverse Fourier transforms as matrix products, for ONNX.
+"""What ONNX needs in place of torch.fft: inverse transforms of weights as matrix products, low-passes by two-sided ones.
 
 ONNX Runtime's DFT loses digits where a size is no power of two (relative error 3e-4 at 3072 x 768, against 5e-7 here)
 and is slow there. These products use the factors of the size (Cooley and Tukey 1965), and real numbers only.
@@ -68,3 +68,19 @@ def inverse_rfft2(spectrum: Tensor, columns: int) -> Tensor:
     real, imaginary = inverse_dft(spectrum[..., 0] * weight, spectrum[..., 1] * weight, rows)
     real, _ = inverse_dft(real.transpose(1, 2), imaginary.transpose(1, 2), columns)
     return real.transpose(1, 2).contiguous()
+
+
+def whole_low_passes(x: Tensor, masks: list[Tensor]) -> list[Tensor]:
+    """Low-passes of x (B, C, H, W) by half masks (H, W//2+1) without torch.fft.irfft2, for ONNX.
+
+    ONNX infers a wrong shape for the one-sided inverse DFT, for which ONNX Runtime then may reserve too little memory.
+    """
+    height, width = x.shape[2], x.shape[3]
+    row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+    # The right half is the mirror image of the left one, at negative frequencies in both directions.
+    is_left = column <= width // 2
+    place = torch.where(is_left, row, (height - row) * (row > 0)) * (width // 2 + 1)
+    place = place + torch.where(is_left, column, width - column)
+    spectrum = torch.fft.fftn(x, dim=(2, 3))
+    products = (spectrum * mask.flatten()[place] for mask in masks)
+    return [torch.view_as_real(torch.fft.ifftn(product, dim=(2, 3)))[..., 0] for product in products]

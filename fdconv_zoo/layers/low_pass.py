@@ -1,4 +1,4 @@
-"""Low-pass filters of FBM.
+"""Low-pass filters of FBM, and what each is multiplied by for the bands between them.
 
 Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.3)
 
@@ -12,8 +12,6 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
-
-from .functional import is_exporting
 
 # Cutoffs are fractions, so that what they keep is counted in integers.
 MAX_DENOMINATOR = 1 << 30
@@ -55,21 +53,29 @@ def low_pass(x: Tensor, cutoff: float) -> Tensor:
     return bases[0] @ (bases[0].mT @ x @ bases[1]) @ bases[1].mT
 
 
-def map_bases(x: Tensor, cutoff: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Fourier bases of the rows and of the columns of maps (B, C, H, W), for the widest cutoff."""
+def map_bases(x: Tensor, cutoff: tuple[int, int], share: bool) -> tuple[Tensor, Tensor]:
+    """Fourier bases of the rows and of the columns of maps (B, C, H, W), for the widest cutoff.
+
+    Args:
+        x: The maps.
+        cutoff: Numerator and denominator.
+        share: Make one basis for both where the map is square: a condition on the size, to an exporter.
+    """
     height, width = x.shape[2], x.shape[3]
     # One pair more than the widest cutoff keeps: exporters would take a slice of all for a fixed size.
     rows = fourier_basis(height, num_kept(height, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
-    # In this order: a comparison of sizes would be a condition on every exported program.
-    if not torch.jit.is_tracing() and not is_exporting() and height == width:
+    if share and height == width:
         return rows, rows
     return rows, fourier_basis(width, num_kept(width, cutoff[0], cutoff[1]) + 2, x.device, x.dtype)
 
 
-def box_low_passes(x: Tensor, cutoffs: list[tuple[int, int]]) -> list[Tensor]:
-    """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first."""
+def box_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], share: bool) -> list[Tensor]:
+    """Low-pass filtered copies of x (B, C, H, W), one for each cutoff (numerator, denominator), widest first.
+
+    `share` is that of :func:`map_bases`.
+    """
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    rows, columns = map_bases(x, cutoffs[0])
+    rows, columns = map_bases(x, cutoffs[0], share)
     # Batched products of 3-D tensors: torch.matmul would copy the basis for every channel.
     maps = x.reshape(batch * channels, height, width)
     analysis = torch.matmul(torch.matmul(maps, columns).transpose(1, 2), rows)
@@ -102,32 +108,13 @@ def grid_masks(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> lis
 def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
     """As :func:`box_low_passes`, with the official masks."""
     masks = grid_masks(x, cutoffs, mask_grid)
-    if not torch.jit.is_scripting():
-        if torch.onnx.is_in_onnx_export():
-            return whole_low_passes(x, masks)
     spectrum, size = torch.fft.rfft2(x), [x.shape[2], x.shape[3]]
     return [torch.fft.irfft2(spectrum * mask, s=size) for mask in masks]
 
 
-def whole_low_passes(x: Tensor, masks: list[Tensor]) -> list[Tensor]:
-    """Low-passes of x (B, C, H, W) by half masks (H, W//2+1) without torch.fft.irfft2, for ONNX.
-
-    ONNX infers a wrong shape for the one-sided inverse DFT, for which ONNX Runtime then may reserve too little memory.
-    """
-    height, width = x.shape[2], x.shape[3]
-    row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
-    # The right half is the mirror image of the left one, at negative frequencies in both directions.
-    is_left = column <= width // 2
-    place = torch.where(is_left, row, (height - row) * (row > 0)) * (width // 2 + 1)
-    place = place + torch.where(is_left, column, width - column)
-    spectrum = torch.fft.fftn(x, dim=(2, 3))
-    products = (spectrum * mask.flatten()[place] for mask in masks)
-    return [torch.view_as_real(torch.fft.ifftn(product, dim=(2, 3)))[..., 0] for product in products]
-
-
 def low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None) -> list[Tensor]:
     """Low-pass filtered copies of x (B, C, H, W), with the paper's masks or those of an official `mask_grid`."""
-    return box_low_passes(x, cutoffs) if mask_grid is None else grid_low_passes(x, cutoffs, mask_grid)
+    return box_low_passes(x, cutoffs, True) if mask_grid is None else grid_low_passes(x, cutoffs, mask_grid)
 
 
 def sum_low_passes(x: Tensor, factors: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None) -> Tensor:
@@ -141,7 +128,7 @@ def sum_low_passes(x: Tensor, factors: Tensor, cutoffs: list[tuple[int, int]], m
         masks = grid_masks(x, cutoffs, mask_grid)
         parts = (torch.fft.rfft2(product) * mask for product, mask in zip(products, masks, strict=True))
         return torch.fft.irfft2(sum(parts), s=(height, width)).contiguous()
-    rows, columns = map_bases(x, cutoffs[0])
+    rows, columns = map_bases(x, cutoffs[0], True)
     kept = [(num_kept(height, *cutoff), num_kept(width, *cutoff)) for cutoff in cutoffs]
     total = x.new_zeros(len(x) * x.shape[1], kept[0][1], kept[0][0])
     for product, (h, w) in zip(products, kept, strict=True):
@@ -154,10 +141,30 @@ def sum_low_passes(x: Tensor, factors: Tensor, cutoffs: list[tuple[int, int]], m
 def low_pass_matrices(x: Tensor, cutoffs: list[tuple[int, int]]) -> Tensor:
     """The low-passes of maps (B, C, H, W) as matrices (n, HW, HW), which are symmetric."""
     height, width = x.shape[2:]
-    rows, columns = map_bases(x, cutoffs[0])
+    rows, columns = map_bases(x, cutoffs[0], True)
     sides = []
     for basis, size in ((rows, height), (columns, width)):
         kept = (basis[:, : num_kept(size, *cutoff)] for cutoff in cutoffs)
         sides.append(torch.stack([functions @ functions.t() for functions in kept]))
     products = sides[0].view(-1, height, 1, height, 1) * sides[1].view(-1, 1, width, 1, width)
     return products.view(-1, height * width, height * width)
+
+
+def band_factors(gates: Tensor) -> Tensor:
+    """Factors of the map and of its low-passes (B, n+1, H, W): A_1, A_2 - A_1, ..., 1 - A_n.
+
+    Their sum is that over the bands, A_1 (x - low_1) + A_2 (low_1 - low_2) + ... + low_n (Eq. 9), with one product for
+    each low-pass instead of two.
+    """
+    ones = torch.ones_like(gates[:, :1])
+    return torch.cat([gates, ones], dim=1) - torch.cat([torch.zeros_like(ones), gates], dim=1)
+
+
+def band_matrix(factors: Tensor, lows: Tensor) -> Tensor:
+    """Matrix (B, HW, HW) that gates the bands of a map: the sum of the low-passes (n, HW, HW) times their factors."""
+    first, *others = factors.flatten(2).unsqueeze(2).unbind(1)
+    matrix = others[0] * lows[0]
+    for factor, low in zip(others[1:], lows[1:], strict=True):
+        matrix.addcmul_(factor, low)
+    matrix.diagonal(dim1=1, dim2=2).add_(first.squeeze(1))
+    return matrix

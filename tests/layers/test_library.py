@@ -1,4 +1,4 @@
-"""The operators of torch.compile against the eager layers that they stand for."""
+"""The operators as torch knows them: under torch.compile as in eager mode, and by the rules of operators."""
 
 import importlib
 
@@ -7,16 +7,23 @@ import torch
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers import FBM, compiled
+from fdconv_zoo.layers import FBM
+from fdconv_zoo.layers.ops import library
 from tests.compare import randomise, relative_error
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What was compiled for one case counts against the limit of recompilations of the next."""
+    torch.compiler.reset()
+
+
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, **kwargs):
         super().__init__()
-        self.conv = FDConv2d(18, 24, 3, padding=1, stride=2, num_bands=8)
-        self.pointwise = FDConv2d(24, 20, 1, bias=False, num_bands=8)
-        self.linear = FDLinear(20, 18, num_bands=8)
+        self.conv = FDConv2d(18, 24, 3, padding=1, stride=2, num_bands=8, **kwargs)
+        self.pointwise = FDConv2d(24, 20, 1, bias=False, num_bands=8, **kwargs)
+        self.linear = FDLinear(20, 18, num_bands=8, **kwargs)
 
     def forward(self, x):
         return self.linear(self.pointwise(self.conv(x).relu_()).relu_().permute(0, 2, 3, 1))
@@ -38,21 +45,43 @@ def test_compiled_equals_eager_forward_and_backward(size, training, memory_forma
         assert relative_error(grad, expected) < 1e-4
 
 
-def layer_arguments(layer, x):
-    spectrum = layer.fdw.exact_spectrum()
-    bands, *_ = layer.ksm(x.mean((2, 3)))[0]
-    inputs = (x, bands.detach(), None, None, None, spectrum.detach().requires_grad_(), None)
-    return *inputs, *layer.fdw.gain_map(), layer.kernel_size, layer.stride, layer.padding, layer.dilation
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ksm", [True, False])
+def test_weights_are_kept_under_the_compiler_too(ksm, training):
+    """What the compiled forward pass keeps for the backward pass is as large as the weights, or not."""
+    x = torch.randn(4, 18, 14, 14)
+    largest = {}
+    for recompute in (True, False):
+        net = randomise(Net(recompute=recompute, ksm=ksm)).train(training)
+        expected = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            output = torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+        largest[recompute] = max(kept)
+        for grad, wanted in zip(torch.autograd.grad(output.square().mean(), list(net.parameters())), expected, strict=True):
+            assert relative_error(grad, wanted) < 1e-4
+    weights = 4 * 18 * 24 * 9
+    assert largest[True] < weights <= largest[False]
 
 
+def layer_arguments(layer, x, channels_last, keep):
+    spectrum = layer.fdw()
+    gates = [None if gate is None else gate.detach() for gate in layer.ksm(x.mean((2, 3)))]
+    geometry = layer.kernel_size, layer.stride, layer.pads, layer.dilation
+    coefficients = spectrum.coefficients.detach().requires_grad_()
+    return x, *gates, coefficients, *spectrum.gain_map, *geometry, channels_last, keep
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("ksm", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_operator_keeps_the_rules_of_operators(channels_last):
-    layer = randomise(FDConv2d(18, 20, 3, padding=1, num_bands=4, ksm=False, fbm=False)).eval()
+def test_the_operator_keeps_the_rules_of_operators(channels_last, ksm, keep):
+    layer = randomise(FDConv2d(18, 20, 3, padding=1, num_bands=4, ksm=ksm, fbm=False)).eval()
     x = torch.randn(2, 18, 6, 5)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(
-        torch.ops.fdconv_zoo.conv2d, (*layer_arguments(layer, x), channels_last),
+        torch.ops.fdconv_zoo.dynamic_conv2d, layer_arguments(layer, x, channels_last, keep),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 
@@ -84,6 +113,6 @@ def test_second_derivatives_are_refused():
 
 
 def test_a_second_import_keeps_the_operators():
-    operator = torch.ops.fdconv_zoo.conv2d
-    importlib.reload(compiled)
-    assert torch.ops.fdconv_zoo.conv2d is operator
+    operator = torch.ops.fdconv_zoo.dynamic_conv2d
+    importlib.reload(library)
+    assert torch.ops.fdconv_zoo.dynamic_conv2d is operator

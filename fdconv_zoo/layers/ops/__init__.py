@@ -1,0 +1,80 @@
+"""The arithmetic of FDConv: the operators where the device's implementation computes, plain operations where torch.jit
+or torch.export reads along.
+
+This is the one place that asks which of the two is wanted.
+"""
+
+import torch
+from torch import Tensor
+
+from . import library, traced
+from .types import Geometry, Inputs, Spectrum
+
+
+def is_read_along() -> bool:
+    """Whether plain operations are wanted: for torch.jit, torch.export and the exporters built on it."""
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return True
+    if not hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_compiling()
+    return torch.compiler.is_exporting()
+
+
+def is_for_onnx() -> bool:
+    """Whether an exporter to ONNX reads along, whose transforms are products of matrices."""
+    if not torch.jit.is_scripting():
+        if torch.onnx.is_in_onnx_export():
+            return True
+    return False
+
+
+def dynamic_conv2d(
+    inputs: Inputs, geometry: Geometry, bias: Tensor | None, channels_last: bool, recompute: bool
+) -> Tensor:
+    """Convolves each sample with the weight that FDW and KSM make for it (Eq. 4-7).
+
+    Args:
+        inputs: The input, its gates and the spectrum of the weight.
+        geometry: Geometry of the convolution.
+        bias: Bias (Cout,), or None.
+        channels_last: Memory format of the output.
+        recompute: Make the weights again in the backward pass instead of keeping them.
+
+    Returns:
+        Output (B, Cout, Hout, Wout), dtype of the input.
+
+    Raises:
+        ValueError: If the padded input is smaller than the kernel.
+    """
+    if is_read_along():
+        out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())
+        return out if bias is None else out + bias.to(out.dtype)[:, None, None]
+    else:
+        out = library.dynamic_conv2d(inputs, geometry, channels_last, recompute)
+        return out if bias is None else out.add_(bias.to(out.dtype)[:, None, None])
+
+
+def modulate_bands(
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
+) -> Tensor:
+    """Gates the frequency bands of a feature map place by place (Eq. 8-10).
+
+    Args:
+        x: Feature map (B, C, H, W), any floating dtype; filtered in float32 at least.
+        weight: Gate convolution (bands, C, 3, 3).
+        bias: Its bias (bands,).
+        cutoffs: Band limits as (numerator, denominator), widest first. The band below the last is left as it is.
+        mask_grid: None, or the side of the official mask grid.
+
+    Returns:
+        Modulated map (B, C, H, W), dtype of `x`.
+    """
+    if is_read_along():
+        return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
+    else:
+        return library.modulate_bands(x, weight, bias, cutoffs, mask_grid)
+
+
+def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
+    """Weight matrices (B, R, C) from the spectrum and the gains (B, n) of its groups (Eq. 4-5), in plain operations."""
+    return traced.weight_matrices(spectrum, gains, columns, is_for_onnx())

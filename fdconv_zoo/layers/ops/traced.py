@@ -1,0 +1,145 @@
+"""The operators in plain operations: what torch.jit and torch.export read along, with derivatives of any order.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783
+
+No size is baked in: neither of the batch nor of the map.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..fourier import gain_table, gather_gains
+from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_masks
+from .onnx import inverse_rfft2, whole_low_passes
+from .types import Geometry, Inputs, Spectrum, element_gate
+
+
+def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: bool) -> Tensor:
+    """Weight matrices from one spectrum and the gains of its groups (Eq. 4-5).
+
+    Args:
+        spectrum: Spectrum of a weight matrix.
+        gains: Gain of each group for each sample (B, n), dtype of the spectrum.
+        columns: Columns C of the weight matrix.
+        for_onnx: Transform by products of matrices.
+
+    Returns:
+        Weight matrices (B, R, C).
+    """
+    # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
+    table = gain_table(gains, math.sqrt(0.5))
+    half = spectrum.coefficients * gather_gains(table, spectrum.gain_map, columns // 2 + 1).unsqueeze(-1)
+    if for_onnx:
+        return inverse_rfft2(half, columns)
+    lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
+    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
+
+
+def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
+    """Logits of the dense gate, a convolution along the channel axis (Sec. 3.2, local channel branch).
+
+    It is a product of a (Cout*kh, kw*t) and a (kw*t, Cin*kw) matrix, in the layout of the weight matrix. Each kernel
+    column has filters of its own; a block pattern keeps them apart.
+
+    Args:
+        pooled: Normalised pooled input (B, Cin).
+        weight: Convolution weight (Cout*kh*kw, 1, t).
+        kernel_width: kw.
+
+    Returns:
+        Logits (B, Cout*kh, Cin*kw).
+    """
+    batch, channels, num_taps = pooled.shape[0], pooled.shape[1], weight.shape[2]
+    taps = F.pad(pooled, (num_taps // 2, num_taps // 2)).unfold(1, channels, 1).contiguous()
+    if kernel_width > 1:
+        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
+        taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
+    filters = weight.reshape(1, -1, kernel_width * num_taps)
+    return torch.bmm(filters.expand(batch, -1, -1), taps)
+
+
+def unfold(x: Tensor, geometry: Geometry) -> Tensor:
+    """Patches (B, kh, C, kw, Hout, Wout) of a padded map (B, C, H, W), in the order of the weight matrix."""
+    (kh, kw), stride, dilation = geometry.kernel_size, geometry.stride, geometry.dilation
+    rows: list[Tensor] = []
+    for i in range(kh):
+        # Ends counted from the far side: a traced size is then in no doubt about what a slice holds.
+        top, bottom = i * dilation[0], x.shape[2] - (kh - 1 - i) * dilation[0]
+        row: list[Tensor] = []
+        for j in range(kw):
+            left, right = j * dilation[1], x.shape[3] - (kw - 1 - j) * dilation[1]
+            row.append(x[:, :, top : bottom : stride[0], left : right : stride[1]])
+        rows.append(row[0].unsqueeze(2) if kw == 1 else torch.stack(row, dim=2))
+    return torch.stack(rows, dim=1)
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Convolves each sample of x (B, Cin, H, W) with its weight (B, Cout, kh*Cin*kw) by one matrix product.
+
+    Returns:
+        Output (B, Cout, Hout, Wout).
+    """
+    (kh, kw), stride, padding = geometry.kernel_size, geometry.stride, geometry.padding
+    if max(padding) > 0:
+        x = F.pad(x, [padding[0], padding[1], padding[2], padding[3]])
+    if kh * kw == 1:
+        patches = x
+        if stride[0] * stride[1] > 1:
+            patches = patches[:, :, :: stride[0], :: stride[1]]
+    else:
+        patches = unfold(x, geometry)
+    height, width = patches.shape[-2], patches.shape[-1]
+    out = torch.matmul(weight, patches.reshape(x.shape[0], weight.shape[2], height * width))
+    return out.reshape(x.shape[0], weight.shape[1], height, width)
+
+
+def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool) -> Tensor:
+    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
+    x, gates, spectrum = inputs.x, inputs.gates, inputs.spectrum
+    kh, kw = geometry.kernel_size
+    batch, rows, columns = x.shape[0], spectrum.coefficients.shape[0], x.shape[1] * kw
+    weight = weight_matrices(spectrum, gates.bands, columns, for_onnx)
+    # Optional fields are bound to names: TorchScript knows of those alone that they are not None.
+    local_input, local_weight, filters = gates.local_input, gates.local_weight, gates.filters
+    if local_input is not None and local_weight is not None:
+        weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
+    element = element_gate(gates, geometry.kernel_size)
+    weight = weight.view(batch, rows // kh, kh * columns)
+    if element is not None:
+        weight = weight * element[:, None]
+    out = convolve(x, weight.to(x.dtype), geometry)
+    if filters is not None:
+        # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
+        out = out * (2 * filters).to(x.dtype)[:, :, None, None]
+    return out
+
+
+def band_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Gates of the bands (B, n, H, W) of a map x (B, C, H, W), from filters (n, C, 3, 3) and their bias (n,) (Eq. 10)."""
+    return 2 * torch.sigmoid(F.conv2d(x, weight, bias, padding=1))
+
+
+def modulate_bands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[tuple[int, int]],
+    mask_grid: int | None,
+    for_onnx: bool = False,
+) -> Tensor:
+    """:func:`fdconv_zoo.layers.ops.modulate_bands`; `for_onnx` avoids transforms that ONNX gets wrong."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    factors = band_factors(band_gates(exact, weight.to(exact.dtype), bias.to(exact.dtype)))
+    modulated = factors[:, :1] * exact
+    if mask_grid is None:
+        lows = box_low_passes(exact, cutoffs, False)
+    elif for_onnx:
+        lows = whole_low_passes(exact, grid_masks(exact, cutoffs, mask_grid))
+    else:
+        lows = grid_low_passes(exact, cutoffs, mask_grid)
+    for i, low in enumerate(lows):
+        modulated = torch.addcmul(modulated, factors[:, i + 1 : i + 2], low)
+    return modulated.to(x.dtype)
