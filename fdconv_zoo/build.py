@@ -1,12 +1,59 @@
-"""Builds a model the way timm does, with its weights downloaded and verified by this package."""
+"""What the registered models share: their class, and building them the way timm does with verified weights."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from .convert import convert_to_fdconv, layer_options
 from .pretrained import resolve_pretrained
+
+
+class FDConvModel(nn.Module):
+    """A model of timm's, converted: the first base of a class whose second is timm's.
+
+    Options of the FDConv layers are keyword arguments of the model; all others are timm's. KSM's `norm_layer` and
+    `act_layer` are called `ksm_norm_layer` and `ksm_act_layer`, since timm's models have their own.
+
+    Attributes:
+        options: Options of the layers that such a model may be given.
+        defaults: Those that differ from the layers' own.
+
+    Raises:
+        TypeError: On a keyword argument that neither the layers nor timm's model have; it lists those there are.
+    """
+
+    options: ClassVar[frozenset[str]]
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        chosen, rest = self._split_options(kwargs)
+        super().__init__(*args, **rest)
+        convert_to_fdconv(self, include=self._include, **{**self.defaults, **chosen})
+
+    @staticmethod
+    def _include(name: str, module: nn.Module) -> bool:
+        """Whether a layer of the static model is replaced, if the paper's rules replace it."""
+        raise NotImplementedError
+
+    @classmethod
+    def _split_options(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the layers by the layers' names, and what is left for timm's model."""
+        own = {
+            f"ksm_{option}" if option in ("norm_layer", "act_layer") else option: option for option in cls.options
+        }
+        known = inspect.signature(super(FDConvModel, cls).__init__).parameters
+        unknown = [key for key in kwargs if key not in own and key not in known]
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        if unknown and not takes_any:
+            raise TypeError(
+                f"{cls.__name__} has no keyword argument {', '.join(unknown)}; those of its FDConv layers are "
+                f"{', '.join(sorted(own))}, those of timm's model {', '.join(k for k in known if k != 'self')}"
+            )
+        chosen = {option: kwargs[key] for key, option in own.items() if key in kwargs}
+        return chosen, {key: value for key, value in kwargs.items() if key not in own}
 
 
 def build_fdconv(

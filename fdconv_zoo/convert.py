@@ -118,7 +118,7 @@ def summary(model: nn.Module, include: Include | None = None) -> list[LayerRepor
     return reports
 
 
-def _keywords_of(layer_class: type[nn.Module]) -> set[str]:
+def layer_options(layer_class: type[nn.Module]) -> set[str]:
     """Keyword arguments of a layer that its static source does not decide."""
     parameters = inspect.signature(layer_class).parameters.values()
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"init_weights", "device", "dtype"}
@@ -146,13 +146,13 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
     Raises:
         ValueError: If a keyword belongs to neither layer, or nothing was replaced.
     """
-    known = _keywords_of(FDConv2d)
+    known = layer_options(FDConv2d)
     if set(kwargs) - known:
         raise ValueError(
             f"FDConv2d and FDLinear have no keyword argument {', '.join(sorted(set(kwargs) - known))} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
-    linear_kwargs = {key: value for key, value in kwargs.items() if key in _keywords_of(FDLinear)}
+    linear_kwargs = {key: value for key, value in kwargs.items() if key in layer_options(FDLinear)}
     replaced: dict[nn.Module, FDLayer] = {}
     gain_maps: GainMaps = {}
     layers = list(_static_layers(model, include))

@@ -2,12 +2,14 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .layers.ops.library import OPERATORS
 
 aten = torch.ops.aten
 
@@ -39,6 +41,24 @@ _FFT_FLOPS = {
 }
 
 
+def _flops_of(implementation: Callable[..., Any]) -> Callable[..., int]:
+    """FLOPs of an operator: those that its implementation takes with tensors on the meta device."""
+
+    def count(*args: Any, out_val: Any = None) -> int:
+        with FlopCounterMode(display=False, custom_mapping=_FFT_FLOPS) as counter:
+            implementation(*args)
+        return counter.get_total_flops()
+
+    count._get_raw = True  # tensors, not their shapes
+    return count
+
+
+_FLOPS = _FFT_FLOPS | {
+    torch.ops.fdconv_zoo.dynamic_conv2d: _flops_of(OPERATORS["dynamic_conv2d"].kernels["cpu"]),
+    torch.ops.fdconv_zoo.modulate_bands: _flops_of(OPERATORS["modulate_bands"].kernels["default"]),
+}
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of learnable values, frozen ones included, buffers (BatchNorm's statistics) not."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -65,6 +85,6 @@ def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
     if len(input_size) != 3 or any(size < 1 for size in input_size):
         raise ValueError(f"input_size must be (channels, height, width), all positive, got {tuple(input_size)}")
     shadow = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FFT_FLOPS) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
         shadow(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() // 2

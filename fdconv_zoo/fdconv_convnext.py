@@ -7,48 +7,28 @@ Depthwise 7x7 convolutions, stem, downsampling and head stay static. The paper g
 no details; KSM's reduction of 1/64 gives +2.93M.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXt
 from timm.models.convnext import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
-from .build import build_fdconv
-from .convert import convert_to_fdconv, filter_pretrained
+from .build import FDConvModel, build_fdconv
+from .convert import filter_pretrained, layer_options
 from .default_cfgs import converted_cfgs
+from .layers import FDLinear
 
 
-class FDConvNeXt(ConvNeXt):
-    """timm's ConvNeXt, converted.
+class FDConvNeXt(FDConvModel, ConvNeXt):
+    """timm's ConvNeXt with FDLinear in its MLPs, or pointwise FDConv2d where they are convolutions."""
 
-    Args:
-        *args: As for timm's ConvNeXt.
-        num_bands: Frequency groups of the FDW.
-        reduction: Ratio of KSM's hidden to input channels.
-        ksm: False leaves out the gates of KSM.
-        recompute: Makes the samples' weights again in the backward pass instead of keeping them.
-        **kwargs: As for timm's ConvNeXt.
-    """
+    options = frozenset(layer_options(FDLinear))
+    defaults: ClassVar[dict[str, Any]] = {"reduction": 1 / 64}
 
-    def __init__(
-        self,
-        *args: Any,
-        num_bands: int = 64,
-        reduction: float = 1 / 64,
-        ksm: bool = True,
-        recompute: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        convert_to_fdconv(
-            self,
-            include=lambda name, module: ".mlp." in name,
-            num_bands=num_bands,
-            reduction=reduction,
-            ksm=ksm,
-            recompute=recompute,
-        )
+    @staticmethod
+    def _include(name: str, module: nn.Module) -> bool:
+        return ".mlp." in name
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

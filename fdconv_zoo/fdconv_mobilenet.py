@@ -11,44 +11,21 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
-from .build import build_fdconv
-from .convert import convert_to_fdconv, filter_pretrained
+from .build import FDConvModel, build_fdconv
+from .convert import filter_pretrained, layer_options
 from .default_cfgs import converted_cfgs
+from .layers import FDLinear
 
 
-class FDConvMobileNet(EfficientNet):
-    """timm's EfficientNet, which its MobileNets are, converted.
+class FDConvMobileNet(FDConvModel, EfficientNet):
+    """timm's EfficientNet, which its MobileNets are, with FDConv2d for its pointwise convolutions."""
 
-    Args:
-        *args: As for timm's EfficientNet.
-        num_bands: Frequency groups of the FDW.
-        reduction: Ratio of KSM's hidden to input channels.
-        mask_grid: None, or 64 for weights trained with the official code.
-        ksm: False leaves out the gates of KSM.
-        recompute: Makes the samples' weights again in the backward pass instead of keeping them.
-        **kwargs: As for timm's EfficientNet.
-    """
+    # Pointwise convolutions have no FBM, but the official order of coefficients.
+    options = frozenset(layer_options(FDLinear) | {"mask_grid"})
 
-    def __init__(
-        self,
-        *args: Any,
-        num_bands: int = 64,
-        reduction: float = 1 / 16,
-        mask_grid: int | None = None,
-        ksm: bool = True,
-        recompute: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        convert_to_fdconv(
-            self,
-            include=lambda name, module: isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1),
-            num_bands=num_bands,
-            reduction=reduction,
-            mask_grid=mask_grid,
-            ksm=ksm,
-            recompute=recompute,
-        )
+    @staticmethod
+    def _include(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -13,50 +13,20 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .build import build_fdconv
-from .convert import convert_to_fdconv, filter_pretrained, init_static
+from .build import FDConvModel, build_fdconv
+from .convert import filter_pretrained, init_static, layer_options
 from .default_cfgs import converted_cfgs
+from .layers import FDConv2d
 
 
-class FDConvResNet(ResNet):
-    """timm's ResNet, converted.
+class FDConvResNet(FDConvModel, ResNet):
+    """timm's ResNet with FDConv2d in its residual branches."""
 
-    Args:
-        *args: As for timm's ResNet.
-        num_bands: Frequency groups of the FDW.
-        reduction: Ratio of KSM's hidden to input channels.
-        cutoffs: Band limits of FBM in cycles per pixel, falling.
-        mask_grid: None, or 64 for weights trained with the official code.
-        ksm: False leaves out the gates of KSM.
-        fbm: False leaves out FBM.
-        recompute: Makes the samples' weights again in the backward pass instead of keeping them.
-        **kwargs: As for timm's ResNet.
-    """
+    options = frozenset(layer_options(FDConv2d))
 
-    def __init__(
-        self,
-        *args: Any,
-        num_bands: int = 64,
-        reduction: float = 1 / 16,
-        cutoffs: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16),
-        mask_grid: int | None = None,
-        ksm: bool = True,
-        fbm: bool = True,
-        recompute: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        convert_to_fdconv(
-            self,
-            include=lambda name, module: name.startswith("layer"),
-            num_bands=num_bands,
-            reduction=reduction,
-            cutoffs=cutoffs,
-            mask_grid=mask_grid,
-            ksm=ksm,
-            fbm=fbm,
-            recompute=recompute,
-        )
+    @staticmethod
+    def _include(name: str, module: nn.Module) -> bool:
+        return name.startswith("layer")
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:

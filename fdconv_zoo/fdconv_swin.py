@@ -8,7 +8,7 @@ details; KSM's reduction of 1/32 gives +3.23M. With `features_only=True` any inp
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -16,41 +16,21 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
-from .build import build_fdconv
-from .convert import convert_to_fdconv, filter_pretrained, init_static
+from .build import FDConvModel, build_fdconv
+from .convert import filter_pretrained, init_static, layer_options
 from .default_cfgs import converted_cfgs
+from .layers import FDLinear
 
 
-class FDConvSwin(SwinTransformer):
-    """timm's SwinTransformer, converted.
+class FDConvSwin(FDConvModel, SwinTransformer):
+    """timm's SwinTransformer with FDLinear in its MLPs."""
 
-    Args:
-        *args: As for timm's SwinTransformer.
-        num_bands: Frequency groups of the FDW.
-        reduction: Ratio of KSM's hidden to input channels.
-        ksm: False leaves out the gates of KSM.
-        recompute: Makes the samples' weights again in the backward pass instead of keeping them.
-        **kwargs: As for timm's SwinTransformer.
-    """
+    options = frozenset(layer_options(FDLinear))
+    defaults: ClassVar[dict[str, Any]] = {"reduction": 1 / 32}
 
-    def __init__(
-        self,
-        *args: Any,
-        num_bands: int = 64,
-        reduction: float = 1 / 32,
-        ksm: bool = True,
-        recompute: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        convert_to_fdconv(
-            self,
-            include=lambda name, module: ".mlp." in name,
-            num_bands=num_bands,
-            reduction=reduction,
-            ksm=ksm,
-            recompute=recompute,
-        )
+    @staticmethod
+    def _include(name: str, module: nn.Module) -> bool:
+        return ".mlp." in name
 
     @torch.jit.ignore
     def init_weights(self, mode: str = "", **kwargs: Any) -> None:

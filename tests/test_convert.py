@@ -403,8 +403,10 @@ def test_init_weights_leaves_gates_at_one_and_draws_new_spectra(make):
     assert dict(named_fd_layers(model)) == kept
     for name, layer in kept.items():
         assert not torch.equal(layer.fdw.spectrum, before[name])
-        gates, _ = layer.ksm.eval()(torch.randn(3, layer.static_shape[1]))
-        assert all(torch.equal(gate, torch.ones_like(gate)) for gate in gates)
+        gates = layer.ksm.eval()(torch.randn(3, layer.static_shape[1]))
+        made = [gate for gate in (gates.bands, gates.channels, gates.filters, gates.positions) if gate is not None]
+        assert len(made) == (3 if layer.fbm is None else 4)
+        assert all(torch.equal(gate, torch.ones_like(gate)) for gate in made)
         assert not layer.ksm.local_conv.weight.any()
         assert layer.fbm is None or not layer.fbm.weight.any()
 

@@ -136,13 +136,16 @@ class _FDLayer(nn.Module):
         return twin.train(self.training)
 
     def _forward_map(self, x: Tensor, channels_last: bool) -> Tensor:
-        if not torch.jit.is_scripting():
+        # Scripts know no autocast; elsewhere x is rounded as for a convolution, and the spectral maths stays exact.
+        if torch.jit.is_scripting():
+            return self._convolve(x, channels_last)
+        else:
             device = x.device.type
-            if device != "meta" and torch.is_autocast_enabled(device):
-                dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-                with torch.autocast(device, enabled=False):
-                    return self._convolve(x.to(dtype), channels_last)
-        return self._convolve(x, channels_last)
+            if device == "meta" or not torch.is_autocast_enabled(device):
+                return self._convolve(x, channels_last)
+            dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return self._convolve(x.to(dtype), channels_last)
 
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
         spectrum = self.fdw()
@@ -259,7 +262,7 @@ class FDConv2d(_FDLayer):
 
         Args:
             conv: Source layer, unchanged.
-            gain_maps: Gain maps of other layers, shared with those of the same size; this one's is added.
+            gain_maps: Gain maps of other layers, to copy this one's from or to add it to.
             **kwargs: Keyword arguments of FDConv2d.
 
         Raises:
@@ -389,7 +392,7 @@ class FDLinear(_FDLayer):
 
         Args:
             linear: Source layer, unchanged.
-            gain_maps: Gain maps of other layers, shared with those of the same size; this one's is added.
+            gain_maps: Gain maps of other layers, to copy this one's from or to add it to.
             **kwargs: Keyword arguments of FDLinear.
 
         Raises:

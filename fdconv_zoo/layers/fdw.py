@@ -74,7 +74,7 @@ class FDW(nn.Module):
         """Recomputes the gain map after construction on the meta device (timm's and Hugging Face's protocol).
 
         Args:
-            known: Gain maps of other layers, to take this one's from or to add it to: a map costs a sort.
+            known: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
         """
         key = self.rows, self.columns, self.num_bands, self.official_order
         gain_map = None if known is None else known.get(key)
@@ -82,8 +82,8 @@ class FDW(nn.Module):
             gain_map = make_gain_map(band_index(*key), self.num_bands, self.columns)
             if known is not None:
                 known[key] = gain_map
-        device = self.spectrum.device
-        self.gain_index, self.gain_tiles = gain_map.index.to(device), gain_map.tiles.to(device)
+        # Copies: modules that share a buffer list it once.
+        self.gain_index, self.gain_tiles = (part.to(self.spectrum.device, copy=True) for part in gain_map)
 
     @torch.jit.ignore
     def band_index(self) -> Tensor:

@@ -11,9 +11,9 @@ from . import library, traced
 from .types import Geometry, Inputs, Spectrum
 
 
-def is_read_along() -> bool:
-    """Whether plain operations are wanted: for torch.jit, torch.export and the exporters built on it."""
-    if torch.jit.is_scripting() or torch.jit.is_tracing():
+def is_exporting() -> bool:
+    """Whether torch.export reads along, or an exporter built on it."""
+    if torch.jit.is_scripting():
         return True
     if not hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_compiling()
@@ -46,7 +46,7 @@ def dynamic_conv2d(
     Raises:
         ValueError: If the padded input is smaller than the kernel.
     """
-    if is_read_along():
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
         out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
     else:
@@ -69,7 +69,7 @@ def modulate_bands(
     Returns:
         Modulated map (B, C, H, W), dtype of `x`.
     """
-    if is_read_along():
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
         return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
     else:
         return library.modulate_bands(x, weight, bias, cutoffs, mask_grid)

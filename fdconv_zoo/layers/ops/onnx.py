@@ -51,6 +51,7 @@ def inverse_dft(real: Tensor, imaginary: Tensor, size: int) -> tuple[Tensor, Ten
     return real.reshape(batch + [size, others]), imaginary.reshape(batch + [size, others])
 
 
+@torch.jit.unused  # scripts never come here
 def inverse_rfft2(spectrum: Tensor, columns: int) -> Tensor:
     """`torch.fft.irfft2(..., norm="ortho")` of half spectra.
 
@@ -70,6 +71,7 @@ def inverse_rfft2(spectrum: Tensor, columns: int) -> Tensor:
     return real.transpose(1, 2).contiguous()
 
 
+@torch.jit.unused
 def whole_low_passes(x: Tensor, masks: list[Tensor]) -> list[Tensor]:
     """Low-passes of x (B, C, H, W) by half masks (H, W//2+1) without torch.fft.irfft2, for ONNX.
 
