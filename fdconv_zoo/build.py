@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from .convert import convert_to_fdconv, layer_options
+from .convert import convert_to_fdconv
 from .pretrained import resolve_pretrained
 
 
@@ -41,10 +41,8 @@ class FDConvModel(nn.Module):
     @classmethod
     def _split_options(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of the layers by the layers' names, and what is left for timm's model."""
-        own = {
-            f"ksm_{option}" if option in ("norm_layer", "act_layer") else option: option for option in cls.options
-        }
-        known = inspect.signature(super(FDConvModel, cls).__init__).parameters
+        own = {f"ksm_{option}" if option in ("norm_layer", "act_layer") else option: option for option in cls.options}
+        known = inspect.signature(super().__init__).parameters
         unknown = [key for key in kwargs if key not in own and key not in known]
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         if unknown and not takes_any:

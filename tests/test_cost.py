@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fdconv_zoo.cost import count_macs, count_parameters
-from fdconv_zoo.layers.fdconv import FDConv2d
 from fdconv_zoo.layers import FDW
+from fdconv_zoo.layers.fdconv import FDConv2d
 
 
 class Transform(nn.Module):

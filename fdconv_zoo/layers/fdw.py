@@ -114,7 +114,7 @@ class FDW(nn.Module):
         return weight_matrices(spectrum, gains.to(spectrum.coefficients.dtype), self.columns)
 
     def forward(self) -> Spectrum:
-        """The spectrum in the precision of the transforms, float32 or float64, and which gain each coefficient takes."""
+        """The spectrum in the precision of the transforms, float32 or float64, and the map of its gains."""
         exact = self.spectrum.to(torch.promote_types(self.spectrum.dtype, torch.float32))
         return Spectrum(exact, GainMap(self.gain_index, self.gain_tiles))
 

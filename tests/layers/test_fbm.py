@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdconv_zoo.layers import FBM
 from fdconv_zoo.layers.low_pass import (
     fourier_basis,
     grid_low_passes,
@@ -11,10 +12,9 @@ from fdconv_zoo.layers.low_pass import (
     low_passes,
     num_kept,
 )
-from fdconv_zoo.layers import FBM
+from fdconv_zoo.layers.ops import literal
 from fdconv_zoo.layers.ops.onnx import whole_low_passes
 from fdconv_zoo.layers.ops.traced import modulate_bands
-from fdconv_zoo.layers.ops import literal
 from tests.compare import randomise, relative_error
 
 CPU = torch.device("cpu")

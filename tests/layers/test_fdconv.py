@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers.ops.eager import bands, limits
 from fdconv_zoo.layers.ops import literal
+from fdconv_zoo.layers.ops.eager import bands, limits
 from tests.compare import assert_matches, randomise, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -59,7 +59,8 @@ def test_gates_match_the_reference(in_channels, out_channels, kernel, num_bands,
     sizes = literal.gate_sizes(num_bands, (out_channels, in_channels, *kernel), ksm=True)
     gates = ksm(pooled)
     assert [gate.shape for gate in made(gates)] == [(4, size) for size in sizes]
-    for got, wanted in zip(made(gates), zip(*literal.ksm_gates(state, pooled, sizes, training), strict=True), strict=True):
+    expected = zip(*literal.ksm_gates(state, pooled, sizes, training), strict=True)
+    for got, wanted in zip(made(gates), expected, strict=True):
         assert relative_error(got, torch.stack(wanted)) < 1e-13
     assert gates.local_input.shape == pooled.shape
     if training:

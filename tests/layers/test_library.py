@@ -58,7 +58,8 @@ def test_weights_are_kept_under_the_compiler_too(ksm, training):
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             output = torch.compile(net, fullgraph=True, backend="aot_eager")(x)
         largest[recompute] = max(kept)
-        for grad, wanted in zip(torch.autograd.grad(output.square().mean(), list(net.parameters())), expected, strict=True):
+        grads = torch.autograd.grad(output.square().mean(), list(net.parameters()))
+        for grad, wanted in zip(grads, expected, strict=True):
             assert relative_error(grad, wanted) < 1e-4
     weights = 4 * 18 * 24 * 9
     assert largest[True] < weights <= largest[False]

@@ -100,11 +100,10 @@ def dynamic_conv2d(inputs: Inputs, geometry: Geometry, channels_last: bool, reco
         size = (max(side, 0) for side in geometry.output_size(x.shape[2], x.shape[3]))
         nothing = x.sum() + coefficients.sum().to(x.dtype)
         return nothing + x.new_zeros(len(x), len(coefficients) // geometry.kernel_size[0], *size)
+    tensors = (x, *gates, coefficients, *gain_map)
     keep = not recompute and torch.is_grad_enabled()
     with without_autocast(x):
-        return torch.ops.fdconv_zoo.dynamic_conv2d.default(
-            x, *gates, coefficients, *gain_map, *geometry, channels_last, keep
-        )[0]
+        return torch.ops.fdconv_zoo.dynamic_conv2d.default(*tensors, *geometry, channels_last, keep)[0]
 
 
 def conv2d_by(call: Call, limits_of_device: Limits) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,9 +166,7 @@ def conv2d_backward_elsewhere(
 def conv2d_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors in the shapes and memory formats of :func:`conv2d_by`."""
     call = Call(*arguments)
-    output = torch.empty(
-        call.output_shape, dtype=call.x.dtype, device=call.x.device, memory_format=call.memory_format
-    )
+    output = torch.empty(call.output_shape, dtype=call.x.dtype, device=call.x.device, memory_format=call.memory_format)
     gated, gate = call.x.new_empty(0), call.x.new_empty(0)
     if call.keep:
         rows, columns = call.coefficients.shape[0], call.x.shape[1] * call.kernel_size[1]
@@ -179,9 +176,7 @@ def conv2d_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, gated, gate
 
 
-def conv2d_backward_fake(
-    grad: Tensor, gated: Tensor, gate: Tensor, needs: list[bool], *arguments: Any
-) -> list[Tensor]:
+def conv2d_backward_fake(grad: Tensor, gated: Tensor, gate: Tensor, needs: list[bool], *arguments: Any) -> list[Tensor]:
     """Empty tensors in the shapes and memory formats of :func:`conv2d_backward_by`."""
     call = Call(*arguments)
     inputs = (getattr(call, name) for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed)

@@ -118,7 +118,7 @@ def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool) -> Tensor
 
 
 def band_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Gates of the bands (B, n, H, W) of a map x (B, C, H, W), from filters (n, C, 3, 3) and their bias (n,) (Eq. 10)."""
+    """Gates of the bands (B, n, H, W) of a map x (B, C, H, W), from filters (n, C, 3, 3) and bias (n,) (Eq. 10)."""
     return 2 * torch.sigmoid(F.conv2d(x, weight, bias, padding=1))
 
 

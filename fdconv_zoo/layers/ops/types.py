@@ -1,4 +1,4 @@
-"""What the arithmetic of FDConv is a function of, by name: tensors, facts of the convolution, choices of how to compute.
+"""What the arithmetic of FDConv is a function of, by name: tensors, geometry, and choices of how to compute.
 
 Handed over whole, so that a new input has one place. Named tuples pass through torch.jit and torch.export.
 """
@@ -92,7 +92,6 @@ class Geometry(NamedTuple):
         left, far, top, bottom = self.padding
         rows = (height + top + bottom - dh * (kh - 1) - 1) // down + 1
         return rows, (width + left + far - dw * (kw - 1) - 1) // right + 1
-
 
     def checked_output_size(self, height: int, width: int) -> tuple[int, int]:
         """:meth:`output_size`, at least 1.

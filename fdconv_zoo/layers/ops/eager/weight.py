@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
 
 def channel_taps(pooled: Tensor, num_taps: int, kernel_width: int) -> Tensor:
-    """Neighbours of each channel (B, kw*t, Cin*kw), the right-hand side of the product that makes the dense gate's logits.
+    """Neighbours of each channel (B, kw*t, Cin*kw), the right-hand side of the product for the dense gate's logits.
 
     Args:
         pooled: Normalised pooled input (B, Cin).
@@ -179,8 +179,8 @@ class SampleWeights:
             self.transform.adjoint(grads.bank, self.group_gains, grads.coefficients)
 
     def _ungate(self, samples: slice, made: Made, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Makes `grad` that of FDW's weight matrices, adds to `grad_weight`, returns gradients of filter gate and taps."""
-        batch, rows, columns = grad.shape
+        """Makes `grad` that of FDW's weights, adds to `grad_weight`, returns gradients of filter gate and taps."""
+        batch, _, columns = grad.shape
         taps, filter_gate = self.taps[samples], self.gates.filters[samples]
         grad_filters, grad_taps = torch.empty_like(filter_gate), torch.zeros_like(taps)
         # Of the dense gate without its factor of 2, which comes with the filter gate.
