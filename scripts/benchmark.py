@@ -15,6 +15,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from benchmark_args import check_args, parse_args
 from benchmark_memory import measure_peak, saved_for_backward
 from benchmark_models import (
@@ -37,8 +39,6 @@ from benchmark_report import (
     write_json,
 )
 from benchmark_timing import eval_pass, median_ratio, time_in_alternation, train_step
-from torch import Tensor, nn
-
 from fdconv_zoo.cost import count_macs, count_parameters
 
 TABLE_MODELS = ("resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv")

@@ -11,10 +11,10 @@ from typing import Any
 
 import timm
 import torch
-from models import expand_names
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
 

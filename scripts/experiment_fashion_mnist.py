@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment_runs import create_parser, experiment
-from experiment_train import ImageTensors, read_recipe, recipe_settings
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,6 +16,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from experiment_runs import create_parser, experiment
+from experiment_train import ImageTensors, read_recipe, recipe_settings
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.layers.fdw import column_scale

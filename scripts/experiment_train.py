@@ -12,8 +12,9 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
+
+from common.optim import create_optimizer, create_schedule
 from train_args import build_parser, parse_args
-from train_optim import create_optimizer, create_schedule
 
 # What `train` and train_optim.py make use of; an experiment adds the augmentation that it knows.
 RECIPE_OPTIONS = {

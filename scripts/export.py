@@ -10,11 +10,11 @@ from pathlib import Path
 
 import timm
 import torch
-from models import expand_names, load_checkpoint, read_checkpoint
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import fdconv_zoo  # noqa: F401, registers the models
+from common.models import expand_names, load_checkpoint, read_checkpoint
 
 DESCRIPTION = "Export a model to ONNX, an exported program or TorchScript, and check the file against the model."
 EXAMPLES = """examples:

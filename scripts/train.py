@@ -10,22 +10,22 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed as dist
-from models import load_checkpoint, read_checkpoint
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
 from timm.utils import random_seed, unwrap_model
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
+
+import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+from common.checkpoint import STATE_FILE, CheckpointError, load_state
+from common.models import load_checkpoint, read_checkpoint
+from common.optim import classifier_names, create_optimizer, create_schedule
+from common.signals import StoppedError, StopSignals
 from train_args import parse_args, save_args
-from train_checkpoint import STATE_FILE, CheckpointError, load_state
 from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from train_log import RunLog
 from train_loop import DivergedError, Trainer
-from train_optim import classifier_names, create_optimizer, create_schedule
-from train_signals import StoppedError, StopSignals
-
-import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 
 _logger = logging.getLogger("train")
 

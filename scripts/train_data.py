@@ -19,7 +19,8 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.datasets import FakeData
-from train_sampler import ResumableSampler, SeededDataset
+
+from common.sampler import ResumableSampler, SeededDataset
 
 IMAGENET_IMAGES = 1_281_167
 STREAM_LOGGER = "timm.data.readers.reader_wds"

@@ -14,6 +14,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.loggers import CSVLogger
 from timm.layers import freeze_batch_norm_2d
 from torch.utils.data import DataLoader, Dataset, Subset
+
+import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+from common.sampler import SeededDataset
 from train_args import save_args
 from train_dense_args import DETECTION_HEADS, parse_args
 from train_dense_coco import CocoBoxes, collate
@@ -28,9 +31,6 @@ from train_dense_resume import (
     StopAfterBatch,
     read_progress,
 )
-from train_sampler import SeededDataset
-
-import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 

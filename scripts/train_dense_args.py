@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm.utils
 import yaml
+
 from train_args import recipe_tokens
 
 DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
+
 from train_dense_coco import Target
 from train_dense_models import predict_classes
 from train_dense_optim import create_optimizer, rate_factor

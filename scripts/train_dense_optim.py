@@ -8,7 +8,8 @@ from typing import Any
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
-from train_optim import MODULATION, scaled_learning_rate
+
+from common.optim import MODULATION, scaled_learning_rate
 
 
 def parameter_groups(

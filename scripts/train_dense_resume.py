@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data.distributed import DistributedSampler
-from train_checkpoint import CheckpointError, save_state
-from train_sampler import SampleKey
-from train_signals import StoppedError, StopSignals
+
+from common.checkpoint import CheckpointError, save_state
+from common.sampler import SampleKey
+from common.signals import StoppedError, StopSignals
 
 # what a stop raises; Lightning's own is for a signal that comes before the first batch
 STOPS = (StoppedError, SIGTERMException)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
 from timm.utils import dispatch_clip_grad
-from train_args import recorded_args
-from train_checkpoint import (
+
+from common.checkpoint import (
     BEST_FILE,
     STATE_FILE,
     copy_weights,
@@ -23,9 +23,10 @@ from train_checkpoint import (
     save_weights,
     set_random_state,
 )
+from common.signals import StoppedError, StopSignals
+from train_args import recorded_args
 from train_data import BatchAugmentation, TrainLoader
 from train_log import RunLog
-from train_signals import StoppedError, StopSignals
 from train_validate import evaluate
 
 _logger = logging.getLogger("train")

@@ -14,18 +14,18 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from demo import create_demo_model, create_photo_dataset, report_photos
-from models import add_static_twins, describe_misfits, expand_names, load_checkpoint, read_checkpoint
 from timm.data import ImageNetInfo, create_dataset, create_loader, infer_imagenet_subset, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from validate_args import check_args, parse_args
 
+from common.demo_data import create_demo_model, create_photo_dataset, report_photos
+from common.models import add_static_twins, describe_misfits, expand_names, load_checkpoint, read_checkpoint
 from fdconv_zoo import PretrainedError
 from fdconv_zoo.cost import count_macs, count_parameters
 from fdconv_zoo.download import WAYS_OUT
+from validate_args import check_args, parse_args
 
 
 def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None) -> nn.Module:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from demo import DEMO_DEFAULTS
 from timm.utils import ParseKwargs
+
+from common.demo_data import DEMO_DEFAULTS
 
 DESCRIPTION = "Measure the accuracy and speed of models on any image dataset that timm reads."
 EXAMPLES = """examples:

@@ -9,19 +9,19 @@ from pathlib import Path
 import huggingface_hub
 import timm
 import torch
-from benchmark_models import GATE_STD, move_gates
-from benchmark_report import versions
-from demo import DEMO_DEFAULTS, PhotoReader, create_demo_model
-from models import expand_names, load_checkpoint, read_checkpoint
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
+
+from benchmark_models import GATE_STD, move_gates
+from benchmark_report import versions
+from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
+from common.models import expand_names, load_checkpoint, read_checkpoint
+from fdconv_zoo import FDConv2d, convert_to_fdconv
+from fdconv_zoo.convert import named_fd_layers
 from validate import build_model
 from visualize_args import check_args, parse_args
 from visualize_layer import Layer, LayerInputs, find_layer
-
-from fdconv_zoo import FDConv2d, convert_to_fdconv
-from fdconv_zoo.convert import named_fd_layers
 
 DEMO_PHOTOS = (13, 0, 7)
 DEMO_NOTE = (
@@ -98,6 +98,7 @@ def visualize(
         ValueError: A photo can't be read.
     """
     import matplotlib
+
     from visualize_pictures import photo_pictures, weight_pictures
     from visualize_report import write_report
     from visualize_weights import STYLE

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from visualize_layer import GATES, fbm_bands, fbm_maps, feature_spectrum
 
 from fdconv_zoo.layers.fbm import FBM
+from visualize_layer import GATES, fbm_bands, fbm_maps, feature_spectrum
 
 GATE_COLORS = "RdBu_r"  # blue below 1, white at 1, red above
 SMALLEST_RANGE = 0.01  # of a gate around 1, for gates that all but rest there

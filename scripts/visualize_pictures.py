@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
+
 from visualize_layer import Layer, LayerInputs, cosine_similarity, gates_of, largest_off_diagonal
 from visualize_photos import draw_bands, draw_feature_spectrum, draw_gates, draw_layers
 from visualize_report import Picture

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
+
+from fdconv_zoo.layers.fdw import weight_to_matrix
 from visualize_layer import (
     Layer,
     cosine_similarity,
@@ -23,8 +25,6 @@ from visualize_layer import (
     radial_profile,
     random_bank,
 )
-
-from fdconv_zoo.layers.fdw import weight_to_matrix
 
 STYLE = {
     "figure.dpi": 110,

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import torch
+
 import train_dense
 from train_dense_args import parse_args
 

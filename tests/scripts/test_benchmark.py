@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import benchmark_memory
-import benchmark_models
-import benchmark_report
-import benchmark_timing
 import pytest
 import timm
 import torch
 from torch import nn
 
+import benchmark_memory
+import benchmark_models
+import benchmark_report
+import benchmark_timing
 import fdconv_zoo
 from fdconv_zoo.convert import named_fd_layers
 from tests.compare import relative_error

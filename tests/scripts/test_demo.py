@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture(scope="module")
 def demo():
     sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("demo")
+    yield importlib.import_module("common.demo_data")
     sys.path.remove(str(SCRIPTS))
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from experiment_deepforest import BACKBONES, boxes_in_tile, parse_args, read_boxes, train_command, write_split
 from PIL import Image
+
+from experiment_deepforest import BACKBONES, boxes_in_tile, parse_args, read_boxes, train_command, write_split
 from train_dense_args import parse_args as parse_train_dense
 from train_dense_coco import CocoBoxes
 

@@ -1,7 +1,8 @@
 """The table and the picture of experiments."""
 
-from experiment_report import draw_curves, results_table
 from PIL import Image
+
+from experiment_report import draw_curves, results_table
 
 
 def run(variant, seed, *accuracies):

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models import load_checkpoint
 from timm.utils import random_seed
-from train import load_initial_weights, main
-from train_checkpoint import load_state
 from train_runs import ENVIRONMENT, SCRIPTS, assert_same_weights, command, photo_folder, run, run_until
-from train_signals import StopSignals
+
+from common.checkpoint import load_state
+from common.signals import StopSignals
+from train import load_initial_weights, main
 
 # Everything random that a run can have: dropout, stochastic depth, augmentation in the loader workers, random erasing
 # and mixup in the main process; and everything stateful: momentum, schedule, EMA, accumulated passes.

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from train_args import parse_args, save_args
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from timm.models import load_state_dict
-from train_checkpoint import (
+
+from common.checkpoint import (
     CheckpointError,
     copy_weights,
     load_state,

@@ -9,10 +9,11 @@ import torch
 from timm.data import resolve_data_config
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import FakeData
+from train_runs import photo_folder, photos
+
+from common.sampler import ResumableSampler, SampleKey, SeededDataset, seeded
 from train_args import parse_args
 from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
-from train_runs import photo_folder, photos
-from train_sampler import ResumableSampler, SampleKey, SeededDataset, seeded
 
 CPU = torch.device("cpu")
 

@@ -20,6 +20,7 @@ from dense_data import (
     write_cityscapes,
     write_data,
 )
+
 from train_dense import create_trainer, main
 from train_dense_args import parse_args
 from train_dense_coco import CocoBoxes

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
+from dense_data import SMALL, SMALL_MASK2FORMER, cityscapes, masks, write_cityscapes, write_data
+from train_runs import SCRIPTS
+
 import train_dense
 import train_dense_args
-from dense_data import SMALL, SMALL_MASK2FORMER, cityscapes, masks, write_cityscapes, write_data
 from train_dense_args import parse_args
 from train_dense_mask2former import class_masks
-from train_runs import SCRIPTS
 
 CONFIG = SCRIPTS / "configs" / "dense" / "mask2former_cityscapes.yaml"
 OPTIONS = ["--head", "mask2former", *SMALL, *SMALL_MASK2FORMER]

@@ -37,7 +37,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def photo():
-    return importlib.import_module("demo").PhotoReader().paths[13]
+    return importlib.import_module("common.demo_data").PhotoReader().paths[13]
 
 
 @pytest.fixture(scope="module")
