@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MetricCollection
 
 from common.optim import create_optimizer, create_schedule
-from train_args import build_parser, parse_args
+from training.args import build_parser, parse_args
 
 # What `train` and train_optim.py make use of; an experiment adds the augmentation that it knows.
 RECIPE_OPTIONS = {

@@ -22,10 +22,10 @@ from common.checkpoint import STATE_FILE, CheckpointError, load_state
 from common.models import load_checkpoint, read_checkpoint
 from common.optim import classifier_names, create_optimizer, create_schedule
 from common.signals import StoppedError, StopSignals
-from train_args import parse_args, save_args
-from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
-from train_log import RunLog
-from train_loop import DivergedError, Trainer
+from training.args import parse_args, save_args
+from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
+from training.log import RunLog
+from training.loop import DivergedError, Trainer
 
 _logger = logging.getLogger("train")
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 from common.sampler import SeededDataset
-from train_args import save_args
 from train_dense_args import DETECTION_HEADS, parse_args
 from train_dense_coco import CocoBoxes, collate
 from train_dense_masks import MaskFolders
@@ -31,6 +30,7 @@ from train_dense_resume import (
     StopAfterBatch,
     read_progress,
 )
+from training.args import save_args
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import timm.utils
 import yaml
 
-from train_args import recipe_tokens
+from training.args import recipe_tokens
 
 DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet")
 SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former")

@@ -66,13 +66,14 @@ def test_stopped_run_saves_leaves_and_resumes_to_the_same_weights(photos, uninte
 KILL_BETWEEN_WRITES = """
 import os, signal, sys
 sys.path.insert(0, {scripts!r})
-import train, train_loop
-save_weights = train_loop.save_weights
+import train
+from training import loop
+save_weights = loop.save_weights
 def killed_on_second_save(weights, path, metadata):
     if metadata["update"] == "6":
         os.kill(os.getpid(), signal.SIGKILL)
     save_weights(weights, path, metadata)
-train_loop.save_weights = killed_on_second_save
+loop.save_weights = killed_on_second_save
 train.main(sys.argv[1:])
 """
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from train_args import parse_args, save_args
+from training.args import parse_args, save_args
 
 
 def write(path, text):

@@ -12,8 +12,8 @@ from torchvision.datasets import FakeData
 from train_runs import photo_folder, photos
 
 from common.sampler import ResumableSampler, SampleKey, SeededDataset, seeded
-from train_args import parse_args
-from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
+from training.args import parse_args
+from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 
 CPU = torch.device("cpu")
 

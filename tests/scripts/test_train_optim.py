@@ -5,7 +5,7 @@ import timm
 
 import fdconv_zoo  # noqa: F401  (registers the models)
 from common.optim import create_optimizer, create_schedule, parameter_groups, scaled_learning_rate
-from train_args import parse_args
+from training.args import parse_args
 
 
 @pytest.mark.parametrize(("scale", "rate"), [("linear", 0.4), ("sqrt", 0.2)])

@@ -24,10 +24,10 @@ from common.checkpoint import (
     set_random_state,
 )
 from common.signals import StoppedError, StopSignals
-from train_args import recorded_args
-from train_data import BatchAugmentation, TrainLoader
-from train_log import RunLog
-from train_validate import evaluate
+from training.args import recorded_args
+from training.data import BatchAugmentation, TrainLoader
+from training.log import RunLog
+from training.validate import evaluate
 
 _logger = logging.getLogger("train")
 
