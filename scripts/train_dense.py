@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 from common.sampler import SeededDataset
-from train_dense_args import DETECTION_HEADS, parse_args
-from train_dense_coco import CocoBoxes, collate
-from train_dense_masks import MaskFolders
-from train_dense_models import create_detector, create_segmenter, normalization
-from train_dense_modules import DenseModule, DetectionModule, SegmentationModule
-from train_dense_resume import (
+from dense.args import DETECTION_HEADS, parse_args
+from dense.coco import CocoBoxes, collate
+from dense.masks import MaskFolders
+from dense.models import create_detector, create_segmenter, normalization
+from dense.modules import DenseModule, DetectionModule, SegmentationModule
+from dense.resume import (
     STOPS,
     CheckpointFiles,
     EndOfRun,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dense.args import parse_args as parse_train_dense
+from dense.coco import CocoBoxes
 from experiment_deepforest import BACKBONES, boxes_in_tile, parse_args, read_boxes, train_command, write_split
-from train_dense_args import parse_args as parse_train_dense
-from train_dense_coco import CocoBoxes
 
 BOXES = [(10, 10, 30, 40), (95, 20, 115, 30), (40, 90, 50, 130), (150, 150, 170, 180)]
 

@@ -21,11 +21,11 @@ from dense_data import (
     write_data,
 )
 
+from dense.args import parse_args
+from dense.coco import CocoBoxes
+from dense.masks import MaskFolders
+from dense.optim import rate_factor
 from train_dense import create_trainer, main
-from train_dense_args import parse_args
-from train_dense_coco import CocoBoxes
-from train_dense_masks import MaskFolders
-from train_dense_optim import rate_factor
 
 CONFIGS = sorted((Path(__file__).parents[2] / "scripts" / "configs" / "dense").glob("*.yaml"))
 

@@ -9,9 +9,9 @@ from dense_data import SMALL, SMALL_MASK2FORMER, cityscapes, masks, write_citysc
 from train_runs import SCRIPTS
 
 import train_dense
-import train_dense_args
-from train_dense_args import parse_args
-from train_dense_mask2former import class_masks
+from dense import args as train_dense_args
+from dense.args import parse_args
+from dense.mask2former import class_masks
 
 CONFIG = SCRIPTS / "configs" / "dense" / "mask2former_cityscapes.yaml"
 OPTIONS = ["--head", "mask2former", *SMALL, *SMALL_MASK2FORMER]

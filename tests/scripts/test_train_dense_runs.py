@@ -10,8 +10,8 @@ from dense_data import SMALL, SMALL_DETECTOR, SMALL_MASK2FORMER, boxes, masks, w
 from train_runs import SCRIPTS, run, run_until
 
 import train_dense
-from train_dense_args import parse_args
-from train_dense_resume import EpochSampler, read_progress
+from dense.args import parse_args
+from dense.resume import EpochSampler, read_progress
 
 SCRIPT = SCRIPTS / "train_dense.py"
 HEADS = {

@@ -66,7 +66,7 @@ def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module
     """Return a network, scores (B, classes, H, W) of images (B, 3, H, W), and the backbone in it."""
     options = backbone_options(args, resumed)
     if args.head == "mask2former":
-        from train_dense_mask2former import create_mask2former  # needs transformers, which other heads do not
+        from dense.mask2former import create_mask2former  # needs transformers, which other heads do not
 
         return create_mask2former(args, options)
     pretrained = options.pop("pretrained")

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
-from train_dense_coco import Target
-from train_dense_models import predict_classes
-from train_dense_optim import create_optimizer, rate_factor
+from dense.coco import Target
+from dense.models import predict_classes
+from dense.optim import create_optimizer, rate_factor
 
 
 def gather_images(metric: MeanAveragePrecision, rank: int, world_size: int) -> None:
