@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark_args import check_args, parse_args
-from benchmark_memory import measure_peak, saved_for_backward
-from benchmark_models import (
+from benchmarking.args import check_args, parse_args
+from benchmarking.memory import measure_peak, saved_for_backward
+from benchmarking.models import (
     Pair,
     expand_fdconv_names,
     layer_pair,
@@ -28,7 +28,7 @@ from benchmark_models import (
     model_pair,
     small_net_pair,
 )
-from benchmark_report import (
+from benchmarking.report import (
     Row,
     cpu_name,
     draw,
@@ -38,7 +38,7 @@ from benchmark_report import (
     versions,
     write_json,
 )
-from benchmark_timing import eval_pass, median_ratio, time_in_alternation, train_step
+from benchmarking.timing import eval_pass, median_ratio, time_in_alternation, train_step
 from fdconv_zoo.cost import count_macs, count_parameters
 
 TABLE_MODELS = ("resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import train_dense
-from benchmark_report import cpu_name, versions, write_json
+from benchmarking.report import cpu_name, versions, write_json
 from experiment_landcover_data import read_image, wheel_file
 from experiment_runs import git_commit
 

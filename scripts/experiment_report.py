@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmark_report import markdown
+from benchmarking.report import markdown
 
 Run = dict[str, Any]
 BASE = "static"

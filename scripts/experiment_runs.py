@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
-from benchmark_report import cpu_name, versions, write_json
+from benchmarking.report import cpu_name, versions, write_json
 from experiment_report import draw_curves, results_table
 from experiment_train import train
 from fdconv_zoo.cost import count_parameters

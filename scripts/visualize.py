@@ -13,8 +13,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from benchmark_models import GATE_STD, move_gates
-from benchmark_report import versions
+from benchmarking.models import GATE_STD, move_gates
+from benchmarking.report import versions
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.models import expand_names, load_checkpoint, read_checkpoint
 from fdconv_zoo import FDConv2d, convert_to_fdconv

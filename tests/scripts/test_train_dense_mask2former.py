@@ -9,7 +9,7 @@ from dense_data import SMALL, SMALL_MASK2FORMER, cityscapes, masks, write_citysc
 from train_runs import SCRIPTS
 
 import train_dense
-from dense import args as train_dense_args
+from dense import args as dense_args
 from dense.args import parse_args
 from dense.mask2former import class_masks
 
@@ -107,7 +107,7 @@ def test_mask_values_that_do_not_fit_are_refused(values, data, capsys):
 
 
 def test_missing_transformers_is_one_line(data, capsys, monkeypatch):
-    monkeypatch.setattr(train_dense_args, "find_spec", lambda name: None if name == "transformers" else object())
+    monkeypatch.setattr(dense_args, "find_spec", lambda name: None if name == "transformers" else object())
     with pytest.raises(SystemExit):
         parse_args([*OPTIONS, *masks(data)])
     assert "error: mask2former needs transformers: pip install transformers\n" in capsys.readouterr().err

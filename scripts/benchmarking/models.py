@@ -18,7 +18,7 @@ from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
 
-REFERENCE = Path(__file__).parents[1] / "tests" / "reference.py"
+REFERENCE = Path(__file__).parents[2] / "tests" / "reference.py"
 GATE_STD = 0.02
 BRANCH_SCALE = 0.2
 
