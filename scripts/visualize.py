@@ -19,9 +19,9 @@ from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.models import expand_names, load_checkpoint, read_checkpoint
 from fdconv_zoo import FDConv2d, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
+from pictures.args import check_args, parse_args
+from pictures.layer import Layer, LayerInputs, find_layer
 from validate import build_model
-from visualize_args import check_args, parse_args
-from visualize_layer import Layer, LayerInputs, find_layer
 
 DEMO_PHOTOS = (13, 0, 7)
 DEMO_NOTE = (
@@ -99,9 +99,9 @@ def visualize(
     """
     import matplotlib
 
-    from visualize_pictures import photo_pictures, weight_pictures
-    from visualize_report import write_report
-    from visualize_weights import STYLE
+    from pictures.captions import photo_pictures, weight_pictures
+    from pictures.report import write_report
+    from pictures.weights import STYLE
 
     batch, photos = read_photos(args.photos, model, args.img_size)
     inputs, layer = LayerInputs(layer_name), layers[layer_name]

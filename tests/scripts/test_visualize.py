@@ -27,7 +27,7 @@ STATIC = "test_resnet"  # timm's own for tests: 3x3 and 1x1 convolutions of 32 t
 
 @pytest.fixture(scope="module")
 def layer_module():
-    return importlib.import_module("visualize_layer")
+    return importlib.import_module("pictures.layer")
 
 
 @pytest.fixture(scope="module")
@@ -256,5 +256,5 @@ def test_profile_of_the_frequency_is_the_frequency(layer_module, half):
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
-        importlib.import_module("visualize_args").parse_args(["--help"])
+        importlib.import_module("pictures.args").parse_args(["--help"])
     assert "visualize.py --model resnet50_fdconv photo.jpg" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from fdconv_zoo.layers.fdw import weight_to_matrix
-from visualize_layer import (
+from pictures.layer import (
     Layer,
     cosine_similarity,
     cut_pairs,
@@ -53,7 +53,7 @@ class Weights:
         bank: Static kernels of random initialisation, as DY-Conv mixes them.
         static: The weight at gains of 1, alone (1, R, C).
         num_bands: Number of all frequency groups.
-        cut_pairs: Groups (pairs, 2) that share a frequency, see :func:`visualize_layer.cut_pairs`.
+        cut_pairs: Groups (pairs, 2) that share a frequency, see :func:`pictures.layer.cut_pairs`.
         kernel_size: (kh, kw).
     """
 

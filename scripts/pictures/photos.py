@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fdconv_zoo.layers.fbm import FBM
-from visualize_layer import GATES, fbm_bands, fbm_maps, feature_spectrum
+from pictures.layer import GATES, fbm_bands, fbm_maps, feature_spectrum
 
 GATE_COLORS = "RdBu_r"  # blue below 1, white at 1, red above
 SMALLEST_RANGE = 0.01  # of a gate around 1, for gates that all but rest there
@@ -51,7 +51,7 @@ def draw_gates(gates: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
     """Draw KSM's gates of one layer, a colour a photo.
 
     Args:
-        gates: Of :func:`visualize_layer.gates_of`.
+        gates: Of :func:`pictures.layer.gates_of`.
         names: Names of the photos.
     """
     names = [f"{number}: {name}" for number, name in enumerate(names, start=1)]

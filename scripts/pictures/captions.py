@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from visualize_layer import Layer, LayerInputs, cosine_similarity, gates_of, largest_off_diagonal
-from visualize_photos import draw_bands, draw_feature_spectrum, draw_gates, draw_layers
-from visualize_report import Picture
-from visualize_weights import Weights, draw_responses, draw_similarity, draw_spectrum, draw_tsne
+from pictures.layer import Layer, LayerInputs, cosine_similarity, gates_of, largest_off_diagonal
+from pictures.photos import draw_bands, draw_feature_spectrum, draw_gates, draw_layers
+from pictures.report import Picture
+from pictures.weights import Weights, draw_responses, draw_similarity, draw_spectrum, draw_tsne
 
 # What float32 leaves of the cosine of two orthogonal weights.
 ORTHOGONAL = 1e-4
