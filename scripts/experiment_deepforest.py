@@ -16,8 +16,8 @@ from typing import Any
 
 import train_dense
 from benchmarking.report import cpu_name, versions, write_json
-from experiment_landcover_data import read_image, wheel_file
-from experiment_runs import git_commit
+from experiments.landcover_data import read_image, wheel_file
+from experiments.runs import git_commit
 
 EXAMPLES = """examples:
   pip install --no-deps deepforest

@@ -17,8 +17,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from common.demo_data import STATIC, create_demo_model
-from experiment_runs import create_parser, experiment
-from experiment_train import ImageTensors, read_recipe, recipe_settings
+from experiments.runs import create_parser, experiment
+from experiments.train import ImageTensors, read_recipe, recipe_settings
 
 VARIANTS = {"static": STATIC, "fdconv": f"{STATIC}_fdconv"}
 DESCRIPTION = """Fine-tune MobileNetV2 from ImageNet weights on elpv-dataset: 2,624 grey photos of solar cells.

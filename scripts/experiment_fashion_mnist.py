@@ -16,8 +16,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from experiment_runs import create_parser, experiment
-from experiment_train import ImageTensors, read_recipe, recipe_settings
+from experiments.runs import create_parser, experiment
+from experiments.train import ImageTensors, read_recipe, recipe_settings
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.layers.fdw import column_scale

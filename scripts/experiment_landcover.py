@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from experiment_landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map, wheel_file
-from experiment_runs import create_parser, experiment
-from experiment_train import read_recipe, recipe_settings
+from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map, wheel_file
+from experiments.runs import create_parser, experiment
+from experiments.train import read_recipe, recipe_settings
 from fdconv_zoo import convert_to_fdconv
 
 DESCRIPTION = """Train a small segmentation network on land-cover tiles, with a static ResNet and with FDConv's,

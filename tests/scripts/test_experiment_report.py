@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from experiment_report import draw_curves, results_table
+from experiments.report import draw_curves, results_table
 
 
 def run(variant, seed, *accuracies):

@@ -19,12 +19,12 @@ from torchmetrics import MetricCollection
 from tqdm import tqdm
 
 from benchmarking.report import cpu_name, versions, write_json
-from experiment_report import draw_curves, results_table
-from experiment_train import train
+from experiments.report import draw_curves, results_table
+from experiments.train import train
 from fdconv_zoo.cost import count_parameters
 
 Run = dict[str, Any]
-RECIPES = Path(__file__).parent / "configs" / "experiments"
+RECIPES = Path(__file__).parents[1] / "configs" / "experiments"
 
 
 def create_parser(name: str, description: str, examples: str, variants: Sequence[str]) -> argparse.ArgumentParser:
@@ -171,7 +171,7 @@ def experiment(
 
     Args:
         args: Of :func:`create_parser`.
-        recipe: Of :func:`experiment_train.read_recipe`.
+        recipe: Of :func:`experiments.train.read_recipe`.
         facts: Data and settings that the runs of one results file have in common.
         create_model: Model of a variant and a seed.
         train_set: Images to train on.
