@@ -30,15 +30,13 @@ from benchmarking.models import (
 )
 from benchmarking.report import (
     Row,
-    cpu_name,
     draw,
     format_seconds,
     full_table,
     preset_table,
-    versions,
-    write_json,
 )
 from benchmarking.timing import eval_pass, median_ratio, time_in_alternation, train_step
+from common.record import cpu_name, versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 
 TABLE_MODELS = ("resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv")

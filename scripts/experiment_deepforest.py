@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import train_dense
-from benchmarking.report import cpu_name, versions, write_json
-from experiments.landcover_data import read_image, wheel_file
-from experiments.runs import git_commit
+from common.record import cpu_name, git_commit, versions, write_json
+from common.wheels import wheel_file
+from experiments.images import read_image
 
 EXAMPLES = """examples:
   pip install --no-deps deepforest

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map, wheel_file
+from common.wheels import wheel_file
+from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map
 from experiments.runs import create_parser, experiment
 from experiments.train import read_recipe, recipe_settings
 from fdconv_zoo import convert_to_fdconv

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import timm
 import torch
 from timm.data import ImageNetInfo, create_dataset, create_loader, infer_imagenet_subset, resolve_data_config
 from timm.utils import AverageMeter, accuracy
@@ -20,34 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.demo_data import create_demo_model, create_photo_dataset, report_photos
-from common.models import add_static_twins, describe_misfits, expand_names, load_checkpoint, read_checkpoint
-from fdconv_zoo import PretrainedError
+from common.demo_data import create_demo_model, create_photo_dataset
+from common.models import add_static_twins, build_model, expand_names, read_checkpoint
 from fdconv_zoo.cost import count_macs, count_parameters
-from fdconv_zoo.download import WAYS_OUT
-from validate_args import check_args, parse_args
-
-
-def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None) -> nn.Module:
-    """Create a model with the demo's weights, the checkpoint's, or pretrained ones.
-
-    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not.
-    """
-    if args.demo:
-        return create_demo_model(name)
-    kwargs = args.model_kwargs | ({"num_classes": args.num_classes} if args.num_classes else {})
-    if checkpoint is not None:
-        model = timm.create_model(name, **kwargs)
-        if name in args.model or not describe_misfits(checkpoint, model):
-            load_checkpoint(model, checkpoint)
-            return model
-    try:
-        return timm.create_model(name, pretrained=True, **kwargs)
-    except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
-        raise RuntimeError(
-            f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: --checkpoint FILE, a mirror "
-            "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
-        ) from error
+from validation.args import check_args, parse_args
+from validation.demo import report_photos
 
 
 def build_dataset(args: argparse.Namespace, model: nn.Module) -> Dataset:
@@ -135,7 +111,7 @@ def prepare(
     name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Return a model on its device, the loader with its preprocessing, and what is known of both beforehand."""
-    model = build_model(name, args, checkpoint).eval()
+    model = (create_demo_model(name) if args.demo else build_model(name, args, checkpoint)).eval()
     dataset = build_dataset(args, model)
     config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     facts = {"parameters": count_parameters(model), "gmacs": count_macs(model, config["input_size"]) / 1e9, **config}

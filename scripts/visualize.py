@@ -13,15 +13,14 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from benchmarking.models import GATE_STD, move_gates
-from benchmarking.report import versions
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
-from common.models import expand_names, load_checkpoint, read_checkpoint
+from common.gates import GATE_STD, move_gates
+from common.models import build_model, expand_names, load_checkpoint, read_checkpoint
+from common.record import versions
 from fdconv_zoo import FDConv2d, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from pictures.args import check_args, parse_args
 from pictures.layer import Layer, LayerInputs, find_layer
-from validate import build_model
 
 DEMO_PHOTOS = (13, 0, 7)
 DEMO_NOTE = (

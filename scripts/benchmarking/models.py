@@ -14,12 +14,12 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from common.gates import move_gates
 from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
 
 REFERENCE = Path(__file__).parents[2] / "tests" / "reference.py"
-GATE_STD = 0.02
 BRANCH_SCALE = 0.2
 
 
@@ -57,17 +57,6 @@ def expand_fdconv_names(patterns: Iterable[str]) -> list[str]:
                 + (f", did you mean {hint}?" if timm.is_model(hint) else "")
             )
     return names
-
-
-@torch.no_grad()
-def move_gates(model: nn.Module, seed: int) -> nn.Module:
-    """Draw what makes the gates, which starts at zero, from a narrow normal distribution: no gate stays at 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, layer in named_fd_layers(model):
-        for name, parameter in layer.named_parameters():
-            if name.startswith(("ksm.heads.", "ksm.local_conv.", "fbm.")):
-                parameter.normal_(std=GATE_STD, generator=generator)
-    return model
 
 
 @torch.no_grad()

@@ -1,47 +1,15 @@
 """Results of ``benchmark.py``: JSON, tables in Markdown, a picture."""
 
-import json
 import math
-import os
-import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
-import fdconv_zoo
+from common.tables import markdown_table
 
 Row = dict[str, Any]
 TITLES = {"static": "static", "fdconv": "FDConv", "literal": "literal equations"}
 MIB = 2**20
-
-
-def cpu_name() -> str:
-    """Return the name of the processor as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what the figures depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "fdconv_zoo": fdconv_zoo.__version__,
-    }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all, its folder too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
 
 
 def format_seconds(seconds: float) -> str:
@@ -54,19 +22,6 @@ def format_seconds(seconds: float) -> str:
 
 def format_mib(size: int | None) -> str:
     return "-" if size is None else f"{size / MIB:,.0f}"
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table with columns that line up in a terminal too, the first to the left."""
-    table = [list(header), *map(list, lines)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])
 
 
 def full_table(rows: Sequence[Row]) -> str:
@@ -93,7 +48,7 @@ def full_table(rows: Sequence[Row]) -> str:
             literal = row.get("literal")
             line += [format_seconds(literal["seconds"]), f"{literal['ratio_to_fdconv']:.1f}"] if literal else ["-", "-"]
         lines.append(line)
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def _preset_lines(rows: Sequence[Row], workloads: Sequence[tuple[int, str]]) -> list[list[str]]:
@@ -145,7 +100,7 @@ def preset_table(rows: Sequence[Row]) -> str:
         titles += [f"saved for backward, batch {batch}" for batch in trained[:1]]
         header = (f"{pair[0]['img_size']}x{pair[0]['img_size']}, threads: {pair[0]['threads']}", *titles)
         tables.setdefault(header, []).extend(_preset_lines(pair, workloads))
-    return "\n\n".join(markdown(header, lines) for header, lines in tables.items())
+    return "\n\n".join(markdown_table(header, lines) for header, lines in tables.items())
 
 
 def lines_against(rows: Sequence[Row], axis: str) -> dict[tuple[str, str], list[tuple[int, float]]]:

@@ -12,7 +12,8 @@ import torch
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
-from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict, static_name
+from fdconv_zoo import FDConv2d, FDLinear, PretrainedError, convert_static_state_dict, static_name
+from fdconv_zoo.download import WAYS_OUT
 
 
 def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:
@@ -122,3 +123,27 @@ def load_checkpoint(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     if misfits:
         raise ValueError(f"the checkpoint does not fit: {misfits}")
     model.load_state_dict(state_dict, strict=False)
+
+
+def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None) -> nn.Module:
+    """Create a model with the checkpoint's weights, or pretrained ones.
+
+    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not.
+
+    Raises:
+        ValueError: The checkpoint does not fit the model it is for.
+        RuntimeError: There are no pretrained weights to be had; says where to take them from.
+    """
+    kwargs = args.model_kwargs | ({"num_classes": args.num_classes} if args.num_classes else {})
+    if checkpoint is not None:
+        model = timm.create_model(name, **kwargs)
+        if name in args.model or not describe_misfits(checkpoint, model):
+            load_checkpoint(model, checkpoint)
+            return model
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
+        raise RuntimeError(
+            f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: --checkpoint FILE, a mirror "
+            "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
+        ) from error

