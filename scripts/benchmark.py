@@ -36,6 +36,7 @@ from benchmarking.report import (
     preset_table,
 )
 from benchmarking.timing import eval_pass, median_ratio, time_in_alternation, train_step
+from common.command_line import fail
 from common.record import cpu_name, versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 
@@ -202,11 +203,6 @@ def run_plan(plan: Plan, args: argparse.Namespace, rows: list[Row], save: Callab
             save()
 
 
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"benchmark.py: error: {' '.join(str(error).split())}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
@@ -215,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.reference:
             load_reference()
     except ValueError as error:
-        raise fail(error) from error
+        raise fail("benchmark.py", error) from error
 
     rows: list[Row] = []
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
@@ -236,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\ninterrupted: what was measured is kept", file=sys.stderr)
         ending = SystemExit(130)
     except (ValueError, RuntimeError) as error:  # a pair that can't be built, or not with that image size
-        ending = fail(error)
+        ending = fail("benchmark.py", error)
     if rows:
         print(f"{device}, {', '.join(f'{name} {version}' for name, version in result['versions'].items())}\n")
         if args.preset:

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from common.command_line import fail
 from common.demo_data import STATIC, create_demo_model
 from experiments.runs import create_parser, experiment
 from experiments.train import ImageTensors, read_recipe, recipe_settings
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        raise fail(parser.prog, error) from error
 
 
 if __name__ == "__main__":

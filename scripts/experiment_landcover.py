@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from common.command_line import fail
 from common.wheels import wheel_file
 from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map
 from experiments.runs import create_parser, experiment
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         experiment(args, recipe, facts, create, train_set, test_set, metrics, argv)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        raise fail(parser.prog, error) from error
     if not models:
         return
 

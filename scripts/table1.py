@@ -4,8 +4,6 @@ python scripts/table1.py --help
 """
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
-import fdconv_zoo
+from common.record import versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 from fdconv_zoo.dense import FeaturePyramid
 from fdconv_zoo.layers.fbm import FBM
@@ -240,15 +238,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(describe(head, results[head], size), end="\n\n", flush=True)
     print(NOTES)
     if args.json:
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
         report = {
             "input_size": list(size),
             "paper": {head: PAPER[head] for head in args.heads} | {"added": PAPER_ADDED},
             "counted": results,
-            "versions": versions | {"fdconv_zoo": fdconv_zoo.__version__, "python": platform.python_version()},
+            "versions": versions() | {"torchvision": torchvision.__version__},
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ from torch import nn
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 from common.checkpoint import STATE_FILE, CheckpointError, load_state
+from common.command_line import fail
 from common.models import load_checkpoint, read_checkpoint
 from common.optim import classifier_names, create_optimizer, create_schedule
+from common.recipes import save_args
 from common.signals import StoppedError, StopSignals
-from training.args import parse_args, save_args
+from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from training.log import RunLog
 from training.loop import DivergedError, Trainer
@@ -162,13 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 trainer = create_trainer(args, torch.device(env["device"]), rank, env["world_size"], stop)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
-                sys.exit(f"train.py: error: {error}")
+                raise fail("train.py", error) from error
             trainer.fit()
         if rank == 0:
             best = trainer.progress
             _logger.info(f"done: best {args.eval_metric} {best.best_metric} in epoch {best.best_epoch}, {args.output}")
     except (CheckpointError, DivergedError) as error:
-        sys.exit(f"train.py: error: {error}")
+        raise fail("train.py", error) from error
     except StoppedError as stopped:
         if rank == 0:
             _logger.info(f"{stopped} and saved; go on with --resume")

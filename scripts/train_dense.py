@@ -16,6 +16,8 @@ from timm.layers import freeze_batch_norm_2d
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+from common.command_line import fail
+from common.recipes import save_args
 from common.sampler import SeededDataset
 from dense.args import DETECTION_HEADS, parse_args
 from dense.coco import CocoBoxes, collate
@@ -30,7 +32,6 @@ from dense.resume import (
     StopAfterBatch,
     read_progress,
 )
-from training.args import save_args
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         sys.exit(128 + signal.Signals[name])
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"train_dense.py: error: {error}")
+        raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:
         scores = {key: f"{value:.4f}" for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         print(", ".join(f"{key} {value}" for key, value in scores.items()) or "no validation")

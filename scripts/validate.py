@@ -3,7 +3,6 @@
 
 import argparse
 import csv
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.command_line import fail
 from common.demo_data import create_demo_model, create_photo_dataset
 from common.models import add_static_twins, build_model, expand_names, read_checkpoint
+from common.record import write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 from validation.args import check_args, parse_args
 from validation.demo import report_photos
@@ -135,19 +136,14 @@ def prepare(
 
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows as a JSON list or as CSV, by the file's suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(path, rows)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"validate.py: error: {' '.join(str(error).split())}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = add_static_twins(args.model) if args.compare_static else args.model
         checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
     except ValueError as error:
-        raise fail(error) from error
+        raise fail("validate.py", error) from error
 
     width = max(len(name) for name in names)
     rows: list[dict[str, Any]] = []
@@ -170,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             model, loader, facts = prepare(name, args, checkpoint)
         except Exception as error:  # timm, its readers, huggingface_hub and its HTTP client share no base class
-            raise fail(f"{name}: {str(error) or type(error).__name__}") from error
+            raise fail("validate.py", f"{name}: {str(error) or type(error).__name__}") from error
         row = {"model": name, **validate(model, loader, args), **facts}
         if not rows:
             print(f"{'model':<{width}}    top-1    top-5    loss  Mparams   GMACs  images/s")
@@ -184,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             print(report_photos(Path("outputs/demo")))
         except ImportError as error:
-            raise fail(error) from error
+            raise fail("validate.py", error) from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from common.command_line import fail
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
 from common.models import build_model, expand_names, load_checkpoint, read_checkpoint
@@ -131,11 +132,6 @@ def visualize(
     return page
 
 
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"visualize.py: error: {' '.join(str(error).split())}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     huggingface_hub.logging.set_verbosity_error()
@@ -150,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers = dict(named_fd_layers(model))
         layer_name = find_layer(layers, args.layer)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise fail(error) from error
+        raise fail("visualize.py", error) from error
     if args.list_layers:
         print("\n".join(layers))
         return
@@ -160,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         print(visualize(model.eval(), title, layer_name, layers, args))
     except ImportError as error:
-        raise fail(f"{error}; {NEEDED}") from error
+        raise fail("visualize.py", f"{error}; {NEEDED}") from error
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise fail(error) from error
+        raise fail("visualize.py", error) from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
+from common.command_line import check_device
+
 DESCRIPTION = """Measure what FDConv models cost beside their static twins: time, memory, parameters and MACs.
 
 The two run in alternation in one process, so that a busy machine slows both alike, and a ratio can be trusted more
@@ -134,7 +136,4 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError("--plot needs two or more of --img-size or --batch-size")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'fdconv-zoo[demo]'")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    check_device(args.device)

@@ -1,15 +1,14 @@
 """Arguments of ``train_dense.py``: one parser for the command line and for recipe files."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import timm.utils
-import yaml
 
-from training.args import recipe_tokens
+from common.command_line import HelpFormatter
+from common.recipes import parse_over_recipe
 
 DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet")
 SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former")
@@ -38,15 +37,6 @@ docs/dense_training.md tells more.
 """
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the layout of the examples, and shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", False, {}, []):
-            return action.help
-        return super()._get_help_string(action)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser; every long option is also a key of a recipe file (``batch_size: 2``)."""
     parser = argparse.ArgumentParser(
@@ -54,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="train_dense.py [--config FILE] --train-images DIR ... [--output DIR] [--resume] [options]",
         description="Train detection, instance and semantic segmentation on a timm backbone, FDConv or static.",
         epilog=EXAMPLES,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
@@ -146,17 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line over the recipe file it names; unusable input ends the program with usage."""
     parser = build_parser()
-    config = parser.parse_args(argv).config
-    recipe: list[str] = []
-    if config is not None:
-        try:
-            loaded = yaml.safe_load(config.read_text()) or {}
-            if not isinstance(loaded, dict):
-                raise ValueError("not a mapping of options to values")
-            recipe = recipe_tokens(loaded, parser)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            parser.error(f"--config {config}: {error}")
-    args = parser.parse_args([*recipe, *(sys.argv[1:] if argv is None else argv)])
+    args = parse_over_recipe(parser, argv)
     check_args(args, parser)
     return args
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
+from common.command_line import check_device
+
 DESCRIPTION = """Draw what FDConv does in a model: how one layer's frequency groups differ, which gates photos get in
 every layer, and what the bands of the features become. Writes PNGs and an HTML page, which needs no network."""
 EXAMPLES = """examples:
@@ -81,7 +83,4 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} is a file, not a folder")
     if args.img_size is not None and args.img_size < 1:
         raise ValueError(f"--img-size must be at least 1, got {args.img_size}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    check_device(args.device)

@@ -1,13 +1,14 @@
 """Arguments of ``train.py``: one parser for the command line and for recipe files."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm.utils
-import yaml
+
+from common.command_line import HelpFormatter
+from common.recipes import parse_over_recipe
 
 EPILOG = """examples:
   # dry run of a recipe: two updates on synthetic images, no data set needed
@@ -27,15 +28,6 @@ Names that timm's own train script has mean the same here. docs/training.md tell
 """
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the layout of the examples, and shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", False, {}):
-            return action.help
-        return super()._get_help_string(action)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser; every long option is also a key of a recipe file (``batch_size: 128``)."""
     parser = argparse.ArgumentParser(
@@ -43,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train or fine-tune an image classifier: FDConv models and everything else timm knows.",
         epilog=EPILOG,
         usage="train.py [--config FILE] [--data-dir DIR] [--output DIR] [--resume] [options]",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
@@ -181,53 +173,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def recipe_tokens(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
-    """Spell a recipe as command-line tokens, so that both go through the same checks.
-
-    Args:
-        recipe: Option names (underscores, as in ``args.yaml``) and values; ``None`` leaves the default.
-        parser: Parser that the tokens are for.
-
-    Raises:
-        ValueError: Keys that are no options; the message lists them.
-    """
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    unknown = sorted(str(key) for key in recipe if key not in actions)
-    if unknown:
-        raise ValueError(f"unknown options: {', '.join(unknown)} (train.py --help lists all options)")
-    tokens: list[str] = []
-    for key, value in recipe.items():
-        action = actions[key]
-        option = next(option for option in action.option_strings if option.startswith("--"))
-        if value is None:
-            continue
-        if isinstance(action, argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                raise ValueError(f"{key} is {value!r}, allowed are true and false")
-            tokens.append(option if value else option.replace("--", "--no-", 1))
-        elif isinstance(action, timm.utils.ParseKwargs):
-            tokens += [option, *(f"{name}={entry}" for name, entry in value.items())]
-        elif isinstance(value, list):
-            tokens += [option, *map(str, value)]
-        else:
-            tokens.append(f"{option}={value}")
-    return tokens
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line over the recipe file it names; unusable input ends the program with usage."""
     parser = build_parser()
-    config = parser.parse_args(argv).config
-    recipe: list[str] = []
-    if config is not None:
-        try:
-            loaded = yaml.safe_load(config.read_text()) or {}
-            if not isinstance(loaded, dict):
-                raise ValueError("not a mapping of options to values")
-            recipe = recipe_tokens(loaded, parser)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            parser.error(f"--config {config}: {error}")
-    args = parser.parse_args([*recipe, *(sys.argv[1:] if argv is None else argv)])
+    args = parse_over_recipe(parser, argv)
     check_args(args, parser)
     return args
 
@@ -243,16 +192,6 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         parser.error(f"--batch-size is {args.batch_size}, mixup and CutMix mix pairs and need an even number")
     if args.bce_target_thresh is not None and not args.bce_loss:
         parser.error("--bce-target-thresh is an option of --bce-loss")
-
-
-def save_args(args: argparse.Namespace, path: Path) -> None:
-    """Write the arguments as a recipe file that ``--config`` reads back."""
-    recipe = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(args).items()
-        if key not in ("config", "resume")
-    }
-    path.write_text(yaml.safe_dump(recipe))
 
 
 def recorded_args(args: argparse.Namespace) -> dict[str, Any]:

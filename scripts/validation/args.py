@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
+from common.command_line import check_device
 from common.demo_data import DEMO_DEFAULTS
 
 DESCRIPTION = "Measure the accuracy and speed of models on any image dataset that timm reads."
@@ -108,7 +109,4 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--torchcompile {args.torchcompile}: there are {allowed}")
     if args.num_gpu > max(1, torch.cuda.device_count()):
         raise ValueError(f"--num-gpu {args.num_gpu}: this machine has {torch.cuda.device_count()}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    check_device(args.device)

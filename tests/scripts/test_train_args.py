@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from training.args import parse_args, save_args
+from common.recipes import save_args
+from training.args import parse_args
 
 
 def write(path, text):
