@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from common.optim import create_optimizer, create_schedule
 from training.args import build_parser, parse_args
 
-# What `train` and train_optim.py make use of; an experiment adds the augmentation that it knows.
+# What `train` and common/optim.py make use of; an experiment adds the augmentation that it knows.
 RECIPE_OPTIONS = {
     "config", "synthetic", "batch_size", "smoothing", "clip_grad", "clip_mode", "channels_last",
     "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay", "static_lr_scale",
