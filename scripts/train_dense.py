@@ -20,7 +20,7 @@ from common.command_line import fail
 from common.recipes import save_args
 from common.sampler import SeededDataset
 from dense.args import DETECTION_HEADS, parse_args
-from dense.coco import CocoBoxes, collate
+from dense.coco import coco_boxes, collate
 from dense.masks import MaskFolders
 from dense.models import create_detector, create_segmenter, normalization
 from dense.modules import DenseModule, DetectionModule, SegmentationModule
@@ -44,8 +44,8 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """
     if args.head in DETECTION_HEADS:
         with_masks = args.head == "mask_rcnn"
-        train_set = CocoBoxes(args.train_images, args.train_annotations, with_masks, train=True)
-        val_set = CocoBoxes(args.val_images, args.val_annotations, with_masks, train=False)
+        train_set = coco_boxes(args.train_images, args.train_annotations, with_masks, train=True)
+        val_set = coco_boxes(args.val_images, args.val_annotations, with_masks, train=False)
         if train_set.categories != val_set.categories:
             raise ValueError(f"{args.val_annotations} has other categories than {args.train_annotations}")
         return train_set, val_set
