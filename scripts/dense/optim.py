@@ -58,6 +58,10 @@ def create_optimizer(model: nn.Module, backbone: nn.Module, args: argparse.Names
 def rate_factor(args: argparse.Namespace, total: int, updates_per_epoch: float) -> Callable[[int], float]:
     """Return the factor of the rate as a function of the updates done: linear warmup times the schedule.
 
+    The rates are those of torch's LinearLR chained with MultiStepLR, PolynomialLR or CosineAnnealingLR. These compute a
+    rate from the one before and load their lengths from a checkpoint: a run of which more is wanted, resumed with other
+    `--steps`, would keep to its old end and train on at a rate of zero. A function of the updates has no state.
+
     Args:
         args: Arguments of train_dense.py.
         total: Updates of the whole run.
