@@ -126,8 +126,8 @@ def visualize(
     }
     with torch.inference_mode(), matplotlib.rc_context(STYLE):
         pictures, similar = weight_pictures(layer)
-        pictures += photo_pictures(layer, layer_name, inputs, photos, names)
-        page = write_report(args.output, title, facts, notes, pictures, list(layers))
+        pictures += photo_pictures(layer, name=layer_name, inputs=inputs, photos=photos, titles=names)
+        page = write_report(args.output, title=title, facts=facts, notes=notes, pictures=pictures, layers=list(layers))
     print(f"{title}, layer {layer_name}", similar, *notes, sep="\n")
     return page
 

@@ -32,42 +32,50 @@ def weight_pictures(layer: Layer) -> tuple[list[Picture], str]:
         )
     pictures = [
         Picture(
-            "similarity.png",
-            "Similarity of the parallel weights (after Figs. 1 and 5 of the paper)",
-            "Cosine similarity between the spatial weights made from one frequency group each, beside a bank of static "
-            "kernels as DY-Conv mixes them and the layer's own static filters; above of the weights, below of the "
-            "magnitudes of their spectra. FDW's groups share no coefficient; random kernels are nearly orthogonal too "
-            f"(the bank is not trained), but they all have the same frequencies. Here: {similar}.",
-            draw_similarity(weights),
+            file="similarity.png",
+            title="Similarity of the parallel weights (after Figs. 1 and 5 of the paper)",
+            caption=(
+                "Cosine similarity between the spatial weights made from one frequency group each, beside a bank of "
+                "static kernels as DY-Conv mixes them and the layer's own static filters; above of the weights, below "
+                "of the magnitudes of their spectra. FDW's groups share no coefficient; random kernels are nearly "
+                f"orthogonal too (the bank is not trained), but they all have the same frequencies. Here: {similar}."
+            ),
+            figure=draw_similarity(weights),
         ),
         Picture(
-            "spectrum.png",
-            "The spectrum and its groups (after Fig. 5)",
-            "The weight, laid out as a matrix of Cout·kh rows and Cin·kw columns, as its half spectrum, and the rings "
-            "of equal size into which FDW cuts it. Each group has its own range of frequencies where kernels of a bank "
-            "have all of them; the last panel shows which groups carry the weight.",
-            draw_spectrum(layer, weights),
+            file="spectrum.png",
+            title="The spectrum and its groups (after Fig. 5)",
+            caption=(
+                "The weight, laid out as a matrix of Cout·kh rows and Cin·kw columns, as its half spectrum, and the "
+                "rings of equal size into which FDW cuts it. Each group has its own range of frequencies where "
+                "kernels of a bank have all of them; the last panel shows which groups carry the weight."
+            ),
+            figure=draw_spectrum(layer, weights),
         ),
     ]
     if layer.kernel_shape != (1, 1):
         pictures.append(
             Picture(
-                "responses.png",
-                "Frequency responses of the kernels (Figs. 1 and 5)",
-                "How strongly the kernels of one group pass each spatial frequency, from the lowest group to the "
-                "highest; below, the mean over rings of equal frequency, every curve over the peak of its response. "
-                "Groups go from smoothing to sharpening, the kernels of a bank are all alike.",
-                draw_responses(weights),
+                file="responses.png",
+                title="Frequency responses of the kernels (Figs. 1 and 5)",
+                caption=(
+                    "How strongly the kernels of one group pass each spatial frequency, from the lowest group to the "
+                    "highest; below, the mean over rings of equal frequency, every curve over the peak of its "
+                    "response. Groups go from smoothing to sharpening, the kernels of a bank are all alike."
+                ),
+                figure=draw_responses(weights),
             )
         )
     pictures.append(
         Picture(
-            "tsne.png",
-            "t-SNE of the filters (after Fig. 1)",
-            "Each dot is a filter, placed by t-SNE so that like filters (cosine distance) are near each other. Filters "
-            "of different groups keep apart, those of a bank's kernels mix; distances between clusters and between "
-            "panels mean nothing.",
-            draw_tsne(weights),
+            file="tsne.png",
+            title="t-SNE of the filters (after Fig. 1)",
+            caption=(
+                "Each dot is a filter, placed by t-SNE so that like filters (cosine distance) are near each other. "
+                "Filters of different groups keep apart, those of a bank's kernels mix; distances between clusters "
+                "and between panels mean nothing."
+            ),
+            figure=draw_tsne(weights),
         )
     )
     return pictures, similar
@@ -86,36 +94,45 @@ def photo_pictures(
         titles: Their names.
     """
     yield Picture(
-        "gates.png",
-        "Gates of the layer (KSM)",
-        "What KSM multiplies the weight by, for each photo: a gain for every frequency group, gates for input "
-        "channels, filters, kernel positions and every single element. At 1 a gate leaves the static "
-        "weight as it is; lines that differ between photos are what makes the layer dynamic.",
-        draw_gates(gates_of(layer, inputs.kept), titles),
+        file="gates.png",
+        title="Gates of the layer (KSM)",
+        caption=(
+            "What KSM multiplies the weight by, for each photo: a gain for every frequency group, gates for input "
+            "channels, filters, kernel positions and every single element. At 1 a gate leaves the static weight as it "
+            "is; lines that differ between photos are what makes the layer dynamic."
+        ),
+        figure=draw_gates(gates_of(layer, inputs.kept), titles),
     )
     yield Picture(
-        "layers.png",
-        "Gates of all layers",
-        "How far the gates of each layer are from 1, as the root mean square over all photos; the layer of the other "
-        "pictures is in bold. Grey layers compute what the static model does; the bright ones have learnt to modulate.",
-        draw_layers(inputs.deviation, name),
+        file="layers.png",
+        title="Gates of all layers",
+        caption=(
+            "How far the gates of each layer are from 1, as the root mean square over all photos; the layer of the "
+            "other pictures is in bold. Grey layers compute what the static model does; the bright ones have learnt "
+            "to modulate."
+        ),
+        figure=draw_layers(inputs.deviation, name),
     )
     if layer.fbm is None:
         return
     for number, (photo, x, title) in enumerate(zip(photos, inputs.kept.float(), titles, strict=True), start=1):
         yield Picture(
-            f"bands_{number}.png",
-            f"Bands and modulation maps, {title} (Fig. 6)",
-            "The layer's input cut into frequency bands (RMS over the channels, each with a scale of its own), f being "
-            "max(|fx|, |fy|) in cycles per pixel of the feature map, and the map that FBM multiplies each band by. Red "
-            "places keep more of the band than the static layer does, blue places less.",
-            draw_bands(photo, layer.fbm, x),
+            file=f"bands_{number}.png",
+            title=f"Bands and modulation maps, {title} (Fig. 6)",
+            caption=(
+                "The layer's input cut into frequency bands (RMS over the channels, each with a scale of its own), f "
+                "being max(|fx|, |fy|) in cycles per pixel of the feature map, and the map that FBM multiplies each "
+                "band by. Red places keep more of the band than the static layer does, blue places less."
+            ),
+            figure=draw_bands(photo, layer.fbm, x),
         )
         yield Picture(
-            f"feature_spectrum_{number}.png",
-            f"Spectrum of the feature before and after FBM, {title} (Fig. 6)",
-            "Mean magnitude of the input's spectrum over its channels, frequency 0 in the centre, the dotted squares "
-            "the limits of the bands; on the left where in the picture the feature has grown (red) or shrunk (blue). "
-            "The last panel shows which frequencies FBM has raised or lowered.",
-            draw_feature_spectrum(layer.fbm, x),
+            file=f"feature_spectrum_{number}.png",
+            title=f"Spectrum of the feature before and after FBM, {title} (Fig. 6)",
+            caption=(
+                "Mean magnitude of the input's spectrum over its channels, frequency 0 in the centre, the dotted "
+                "squares the limits of the bands; on the left where in the picture the feature has grown (red) or "
+                "shrunk (blue). The last panel shows which frequencies FBM has raised or lowered."
+            ),
+            figure=draw_feature_spectrum(layer.fbm, x),
         )

@@ -66,6 +66,7 @@ class Picture:
 
 def write_report(
     folder: Path,
+    *,
     title: str,
     facts: Mapping[str, str],
     notes: Sequence[str],
