@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarking import report
+from benchmarking import picture, report
 
 
 def fake_row(mode, batch, engine="eager", ratio=2.0, **more):
@@ -54,11 +54,11 @@ def test_lines_of_a_picture():
     rows = [fake_row("eval", 8), fake_row("eval", 1), fake_row("train", 4), fake_row("eval", 1) | {"img_size": 448}]
     rows.append({"model": "resnet50_fdconv", "error": "x", "mode": "eval", "batch_size": 1, "img_size": 1})
     rows[-1] |= {"engine": "-", "threads": 2}
-    by_batch = report.lines_against(rows, "batch_size")
+    by_batch = picture.lines_against(rows, "batch_size")
     workload = "resnet50_fdconv, eval, eager, 224 px, threads: 2"
     assert by_batch[workload, "static"] == [(1, 0.08), (8, 0.64)]
     assert by_batch.keys() == {(workload, "static"), (workload, "fdconv")}
-    by_size = report.lines_against(rows, "img_size")
+    by_size = picture.lines_against(rows, "img_size")
     assert [points for (_, kind), points in by_size.items() if kind == "fdconv"] == [[(224, 0.16), (448, 0.16)]]
 
 
