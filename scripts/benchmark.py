@@ -7,43 +7,31 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
-from benchmark_args import check_args, parse_args
-from benchmark_memory import measure_peak, saved_for_backward
-from benchmark_models import (
+
+from benchmarking.args import check_args, parse_args
+from benchmarking.measure import measure
+from benchmarking.models import (
     Pair,
     expand_fdconv_names,
     layer_pair,
-    literal_model,
     load_reference,
     model_pair,
     small_net_pair,
 )
-from benchmark_report import (
-    Row,
-    cpu_name,
-    draw,
-    format_seconds,
-    full_table,
-    preset_table,
-    versions,
-    write_json,
-)
-from benchmark_timing import eval_pass, median_ratio, time_in_alternation, train_step
-from torch import Tensor, nn
-
+from benchmarking.picture import draw
+from benchmarking.report import Row, describe, full_table, preset_table
+from common.command_line import fail
+from common.record import cpu_name, versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 
 TABLE_MODELS = ("resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv")
 TABLE_WORKLOADS = ((1, "eval"), (8, "eval"), (4, "train"))
-LEARNING_RATE = 1e-4  # small: noise has nothing to teach
 
 Workload = tuple[int, str]  # batch size, mode
 Plan = list[tuple[Callable[[], Pair], Sequence[Workload]]]
@@ -68,102 +56,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         (partial(model_pair, name, size, args.seed, args.model_kwargs), workloads)
         for name, size in product(expand_fdconv_names(args.model), args.img_size)
     ]
-
-
-def make_pass(
-    model: nn.Module, images: Tensor, target: Tensor, mode: str, args: argparse.Namespace
-) -> Callable[[], None]:
-    """Return one pass of a model over the images, the thing to be timed."""
-    autocast = torch.autocast(images.device.type, getattr(torch, args.amp_dtype)) if args.amp else nullcontext()
-    if mode == "eval":
-        return partial(eval_pass, model, images, autocast)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    return partial(train_step, model, optimizer, images, target, autocast)
-
-
-def measure(pair: Pair, batch_size: int, mode: str, threads: int, args: argparse.Namespace) -> list[Row]:
-    """Measure a pair on one workload, every engine in the same alternation.
-
-    Returns:
-        A row for each engine.
-    """
-    torch.set_num_threads(threads)
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    images = torch.randn(batch_size, *pair.input_size).to(device, memory_format=memory_format)
-    target = torch.randint(getattr(pair.static, "num_classes", 1), (batch_size,), device=device)
-    models = {"static": pair.static, "fdconv": pair.fdconv}
-    passes: dict[tuple[str, str], Callable[[], None]] = {}
-    saved: dict[str, int] = {}
-    for kind, model in models.items():
-        model.to(device, memory_format=memory_format).train(mode == "train")
-        passes["eager", kind] = make_pass(model, images, target, mode, args)
-        if mode == "train":
-            with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
-                saved[kind] = saved_for_backward(model, images)
-    if args.compile:
-        torch.compiler.reset()  # else the second shape of a model would be compiled for any shape
-        for kind, model in models.items():
-            compiled = torch.compile(model, dynamic=False, mode=args.compile_mode)
-            passes["compile", kind] = make_pass(compiled, images, target, mode, args)
-    repeats, warmup = dict.fromkeys(passes, args.repeats), dict.fromkeys(passes, args.warmup)
-    difference = None
-    if args.reference and mode == "eval":
-        literal = literal_model(pair.fdconv)
-        print("  literal equations: the first pass can take minutes", file=sys.stderr, flush=True)
-        with torch.no_grad():
-            expected = literal(images)
-            difference = ((pair.fdconv(images) - expected).norm() / expected.norm()).item()
-        passes["eager", "literal"] = make_pass(literal, images, target, mode, args)
-        repeats["eager", "literal"], warmup["eager", "literal"] = args.reference_repeats, 0
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    times = time_in_alternation(passes, repeats, warmup, synchronize)
-
-    rows = []
-    for engine in dict.fromkeys(engine for engine, _ in passes):
-        row: Row = {
-            "model": pair.name,
-            "static_model": pair.static_name,
-            "mode": mode,
-            "batch_size": batch_size,
-            "img_size": pair.input_size[1],
-            "threads": threads,
-            "engine": engine,
-            "ratio": median_ratio(times[engine, "fdconv"], times[engine, "static"]),
-        }
-        if engine != "eager":
-            row["ratio_to_eager_static"] = median_ratio(times[engine, "fdconv"], times["eager", "static"])
-        for kind in models:
-            peak = measure_peak(passes[engine, kind], device)
-            row[kind] = {
-                "seconds": median(times[engine, kind]),
-                "times": times[engine, kind],
-                "peak_bytes": peak.growth if peak else None,
-                "process_bytes": peak.total if peak else None,
-                "saved_bytes": saved.get(kind) if engine == "eager" else None,
-            }
-        if (engine, "literal") in times:
-            row["literal"] = {
-                "seconds": median(times[engine, "literal"]),
-                "times": times[engine, "literal"],
-                "ratio_to_static": median_ratio(times[engine, "literal"], times[engine, "static"]),
-                "ratio_to_fdconv": median_ratio(times[engine, "literal"], times[engine, "fdconv"]),
-                "relative_difference_of_fdconv": difference,
-            }
-        rows.append(row)
-    return rows
-
-
-def describe(row: Row) -> str:
-    """One line about a row, for whoever waits."""
-    static, fdconv = format_seconds(row["static"]["seconds"]), format_seconds(row["fdconv"]["seconds"])
-    text = f"  {row['engine']}: static {static}, FDConv {fdconv}, {row['ratio']:.2f}x"
-    if "literal" in row:
-        literal = row["literal"]
-        text += f"; literal equations {format_seconds(literal['seconds'])}, {literal['ratio_to_fdconv']:.1f}x FDConv"
-        text += f", relative difference {literal['relative_difference_of_fdconv']:.1e}"
-    return text
 
 
 def run_plan(plan: Plan, args: argparse.Namespace, rows: list[Row], save: Callable[[], None]) -> None:
@@ -204,11 +96,6 @@ def run_plan(plan: Plan, args: argparse.Namespace, rows: list[Row], save: Callab
             save()
 
 
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"benchmark.py: error: {' '.join(str(error).split())}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
@@ -217,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.reference:
             load_reference()
     except ValueError as error:
-        raise fail(error) from error
+        raise fail("benchmark.py", error) from error
 
     rows: list[Row] = []
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
@@ -238,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\ninterrupted: what was measured is kept", file=sys.stderr)
         ending = SystemExit(130)
     except (ValueError, RuntimeError) as error:  # a pair that can't be built, or not with that image size
-        ending = fail(error)
+        ending = fail("benchmark.py", error)
     if rows:
         print(f"{device}, {', '.join(f'{name} {version}' for name, version in result['versions'].items())}\n")
         if args.preset:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import train_dense
-from benchmark_report import cpu_name, versions, write_json
-from experiment_landcover_data import read_image, wheel_file
-from experiment_runs import git_commit
+from common.command_line import fail
+from common.record import cpu_name, git_commit, versions, write_json
+from common.wheels import wheel_file
+from experiments.images import read_image
 
 EXAMPLES = """examples:
   pip install --no-deps deepforest
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         counts = {split: write_split(pairs, args.tile, args.output / "data", split) for split, pairs in scenes.items()}
     except (ValueError, OSError) as error:
-        sys.exit(f"experiment_deepforest.py: error: {error}")
+        raise fail("experiment_deepforest.py", error) from error
     print(f"{args.output / 'data'}: {counts}", file=sys.stderr)
     if args.only_data:
         return

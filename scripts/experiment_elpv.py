@@ -9,15 +9,17 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from demo import STATIC, create_demo_model
-from experiment_runs import create_parser, experiment
-from experiment_train import ImageTensors, read_recipe, recipe_settings
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+
+from common.command_line import fail
+from common.demo_data import STATIC, create_demo_model
+from experiments.runs import create_parser, experiment
+from experiments.train import ImageTensors, read_recipe, recipe_settings
 
 VARIANTS = {"static": STATIC, "fdconv": f"{STATIC}_fdconv"}
 DESCRIPTION = """Fine-tune MobileNetV2 from ImageNet weights on elpv-dataset: 2,624 grey photos of solar cells.
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        raise fail(parser.prog, error) from error
 
 
 if __name__ == "__main__":

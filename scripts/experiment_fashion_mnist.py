@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment_runs import create_parser, experiment
-from experiment_train import ImageTensors, read_recipe, recipe_settings
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,6 +16,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from common.command_line import fail
+from experiments.runs import create_parser, experiment
+from experiments.train import ImageTensors, read_recipe, recipe_settings
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.layers.fdw import column_scale
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = MetricCollection({"accuracy": MulticlassAccuracy(10, average="micro")})
         experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        raise fail(parser.prog, error) from error
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from experiment_landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map, wheel_file
-from experiment_runs import create_parser, experiment
-from experiment_train import read_recipe, recipe_settings
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from common.command_line import fail
+from common.wheels import wheel_file
+from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map
+from experiments.runs import create_parser, experiment
+from experiments.train import read_recipe, recipe_settings
 from fdconv_zoo import convert_to_fdconv
 
 DESCRIPTION = """Train a small segmentation network on land-cover tiles, with a static ResNet and with FDConv's,
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         experiment(args, recipe, facts, create, train_set, test_set, metrics, argv)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        raise fail(parser.prog, error) from error
     if not models:
         return
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import timm
 import torch
-from models import expand_names, load_checkpoint, read_checkpoint
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import fdconv_zoo  # noqa: F401, registers the models
+from common.command_line import fail
+from common.models import expand_names, load_checkpoint, read_checkpoint
 
 DESCRIPTION = "Export a model to ONNX, an exported program or TorchScript, and check the file against the model."
 EXAMPLES = """examples:
@@ -190,11 +191,6 @@ def check_file(model: nn.Module, path: Path, shapes: Sequence[tuple[int, ...]]) 
     return worst
 
 
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"export.py: error: {' '.join(str(error).split())}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -203,10 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_args(args)
         model = build_model(args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise fail(error) from error
+        raise fail("export.py", error) from error
     shape = input_shape(model, args)
     if not args.fixed_size and not takes_other_sizes(model, shape):
-        raise fail(f"{args.model} takes {shape[1]} x {shape[2]} images only: add --fixed-size")
+        raise fail("export.py", f"{args.model} takes {shape[1]} x {shape[2]} images only: add --fixed-size")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # A file that does not pass never takes the place of one that did.
     unchecked = args.output.with_stem(f"{args.output.stem}.unchecked")
@@ -214,13 +210,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         export_file(model, torch.randn(args.fixed_batch or 2, *shape), unchecked, args)
     except Exception as error:  # the exporters share no base class
-        raise fail(f"{args.model} does not export: {type(error).__name__}: {error}") from error
+        raise fail("export.py", f"{args.model} does not export: {type(error).__name__}: {error}") from error
     shapes = list(sample_shapes(shape, args.fixed_batch, args.fixed_size))
     worst = check_file(model, unchecked, shapes)
     if not worst <= args.tolerance:
         raise fail(
+            "export.py",
             f"largest relative difference {worst:.1e}, above the tolerance of {args.tolerance:g}: "
-            f"{args.output} is not written, see {unchecked}"
+            f"{args.output} is not written, see {unchecked}",
         )
     unchecked.replace(args.output)
     print(

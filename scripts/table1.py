@@ -4,10 +4,8 @@ python scripts/table1.py --help
 """
 
 import argparse
-import json
-import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
-import fdconv_zoo
+from common.record import versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 from fdconv_zoo.dense import FeaturePyramid
 from fdconv_zoo.layers.fbm import FBM
@@ -93,6 +91,16 @@ def build_detector(head: str, model: str, **kwargs: Any) -> nn.Module:
 
 
 @torch.no_grad()
+def forward_with_hook(
+    detector: nn.Module, size: tuple[int, int], hook: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+) -> None:
+    """Run a detector on an image of that height and width, and the hook after each module without parts."""
+    handles = [module.register_forward_hook(hook) for module in detector.modules() if not list(module.children())]
+    DummyForward(detector)(torch.empty(1, 3, *size, device="meta"))
+    for handle in handles:
+        handle.remove()
+
+
 def count_elementwise(detector: nn.Module, size: tuple[int, int]) -> int:
     """Return what OpenMMLab's counter adds to the multiply-accumulates of a static detector.
 
@@ -111,14 +119,10 @@ def count_elementwise(detector: nn.Module, size: tuple[int, int]) -> int:
             # that counter leaves out the biases of linear layers
             counts.append(0 if isinstance(module, nn.Linear) else output.numel())
 
-    hooks = [module.register_forward_hook(count) for module in detector.modules() if not list(module.children())]
-    DummyForward(detector)(torch.empty(1, 3, *size, device="meta"))
-    for hook in hooks:
-        hook.remove()
+    forward_with_hook(detector, size, count)
     return sum(counts)
 
 
-@torch.no_grad()
 def count_modulation_maps(detector: nn.Module, size: tuple[int, int]) -> int:
     """Return the multiply-accumulates of the convolutions that make FBM's modulation maps.
 
@@ -128,13 +132,11 @@ def count_modulation_maps(detector: nn.Module, size: tuple[int, int]) -> int:
     """
     counts = []
 
-    def count(module: FBM, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counts.append(module.weight.numel() * output.shape[2:].numel())
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, FBM):
+            counts.append(module.weight.numel() * output.shape[2:].numel())
 
-    hooks = [module.register_forward_hook(count) for module in detector.modules() if isinstance(module, FBM)]
-    DummyForward(detector)(torch.empty(1, 3, *size, device="meta"))
-    for hook in hooks:
-        hook.remove()
+    forward_with_hook(detector, size, count)
     return sum(counts)
 
 
@@ -240,15 +242,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(describe(head, results[head], size), end="\n\n", flush=True)
     print(NOTES)
     if args.json:
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
         report = {
             "input_size": list(size),
             "paper": {head: PAPER[head] for head in args.heads} | {"added": PAPER_ADDED},
             "counted": results,
-            "versions": versions | {"fdconv_zoo": fdconv_zoo.__version__, "python": platform.python_version()},
+            "versions": versions() | {"torchvision": torchvision.__version__},
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

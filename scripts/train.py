@@ -10,22 +10,24 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed as dist
-from models import load_checkpoint, read_checkpoint
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
 from timm.utils import random_seed, unwrap_model
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
-from train_args import parse_args, save_args
-from train_checkpoint import STATE_FILE, CheckpointError, load_state
-from train_data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
-from train_log import RunLog
-from train_loop import DivergedError, Trainer
-from train_optim import classifier_names, create_optimizer, create_schedule
-from train_signals import StoppedError, StopSignals
 
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+from common.checkpoint import STATE_FILE, CheckpointError, load_state
+from common.command_line import fail
+from common.models import load_checkpoint, read_checkpoint
+from common.optim import classifier_names, create_optimizer, create_schedule
+from common.recipes import save_args
+from common.signals import StoppedError, StopSignals
+from training.args import parse_args
+from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
+from training.log import RunLog
+from training.loop import DivergedError, Trainer
 
 _logger = logging.getLogger("train")
 
@@ -162,13 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 trainer = create_trainer(args, torch.device(env["device"]), rank, env["world_size"], stop)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
-                sys.exit(f"train.py: error: {error}")
+                raise fail("train.py", error) from error
             trainer.fit()
         if rank == 0:
             best = trainer.progress
             _logger.info(f"done: best {args.eval_metric} {best.best_metric} in epoch {best.best_epoch}, {args.output}")
     except (CheckpointError, DivergedError) as error:
-        sys.exit(f"train.py: error: {error}")
+        raise fail("train.py", error) from error
     except StoppedError as stopped:
         if rank == 0:
             _logger.info(f"{stopped} and saved; go on with --resume")

@@ -14,13 +14,17 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.loggers import CSVLogger
 from timm.layers import freeze_batch_norm_2d
 from torch.utils.data import DataLoader, Dataset, Subset
-from train_args import save_args
-from train_dense_args import DETECTION_HEADS, parse_args
-from train_dense_coco import CocoBoxes, collate
-from train_dense_masks import MaskFolders
-from train_dense_models import create_detector, create_segmenter, normalization
-from train_dense_modules import DenseModule, DetectionModule, SegmentationModule
-from train_dense_resume import (
+
+import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+from common.command_line import fail
+from common.recipes import save_args
+from common.sampler import SeededDataset
+from dense.args import DETECTION_HEADS, parse_args
+from dense.coco import coco_boxes, collate
+from dense.masks import MaskFolders
+from dense.models import create_detector, create_segmenter, normalization
+from dense.modules import DenseModule, DetectionModule, SegmentationModule
+from dense.resume import (
     STOPS,
     CheckpointFiles,
     EndOfRun,
@@ -28,9 +32,6 @@ from train_dense_resume import (
     StopAfterBatch,
     read_progress,
 )
-from train_sampler import SeededDataset
-
-import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -43,8 +44,8 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """
     if args.head in DETECTION_HEADS:
         with_masks = args.head == "mask_rcnn"
-        train_set = CocoBoxes(args.train_images, args.train_annotations, with_masks, train=True)
-        val_set = CocoBoxes(args.val_images, args.val_annotations, with_masks, train=False)
+        train_set = coco_boxes(args.train_images, args.train_annotations, with_masks, train=True)
+        val_set = coco_boxes(args.val_images, args.val_annotations, with_masks, train=False)
         if train_set.categories != val_set.categories:
             raise ValueError(f"{args.val_annotations} has other categories than {args.train_annotations}")
         return train_set, val_set
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         sys.exit(128 + signal.Signals[name])
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"train_dense.py: error: {error}")
+        raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:
         scores = {key: f"{value:.4f}" for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         print(", ".join(f"{key} {value}" for key, value in scores.items()) or "no validation")

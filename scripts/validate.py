@@ -3,7 +3,6 @@
 
 import argparse
 import csv
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,42 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import timm
 import torch
-from demo import create_demo_model, create_photo_dataset, report_photos
-from models import add_static_twins, describe_misfits, expand_names, load_checkpoint, read_checkpoint
 from timm.data import ImageNetInfo, create_dataset, create_loader, infer_imagenet_subset, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from validate_args import check_args, parse_args
 
-from fdconv_zoo import PretrainedError
+from common.command_line import fail
+from common.demo_data import create_demo_model, create_photo_dataset
+from common.models import add_static_twins, build_model, expand_names, read_checkpoint
+from common.record import write_json
 from fdconv_zoo.cost import count_macs, count_parameters
-from fdconv_zoo.download import WAYS_OUT
-
-
-def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None) -> nn.Module:
-    """Create a model with the demo's weights, the checkpoint's, or pretrained ones.
-
-    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not.
-    """
-    if args.demo:
-        return create_demo_model(name)
-    kwargs = args.model_kwargs | ({"num_classes": args.num_classes} if args.num_classes else {})
-    if checkpoint is not None:
-        model = timm.create_model(name, **kwargs)
-        if name in args.model or not describe_misfits(checkpoint, model):
-            load_checkpoint(model, checkpoint)
-            return model
-    try:
-        return timm.create_model(name, pretrained=True, **kwargs)
-    except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
-        raise RuntimeError(
-            f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: --checkpoint FILE, a mirror "
-            "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
-        ) from error
+from validation.args import check_args, parse_args
+from validation.demo import report_photos
 
 
 def build_dataset(args: argparse.Namespace, model: nn.Module) -> Dataset:
@@ -135,7 +112,7 @@ def prepare(
     name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Return a model on its device, the loader with its preprocessing, and what is known of both beforehand."""
-    model = build_model(name, args, checkpoint).eval()
+    model = (create_demo_model(name) if args.demo else build_model(name, args, checkpoint)).eval()
     dataset = build_dataset(args, model)
     config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     facts = {"parameters": count_parameters(model), "gmacs": count_macs(model, config["input_size"]) / 1e9, **config}
@@ -159,19 +136,14 @@ def prepare(
 
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows as a JSON list or as CSV, by the file's suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(path, rows)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"validate.py: error: {' '.join(str(error).split())}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = add_static_twins(args.model) if args.compare_static else args.model
         checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
     except ValueError as error:
-        raise fail(error) from error
+        raise fail("validate.py", error) from error
 
     width = max(len(name) for name in names)
     rows: list[dict[str, Any]] = []
@@ -194,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             model, loader, facts = prepare(name, args, checkpoint)
         except Exception as error:  # timm, its readers, huggingface_hub and its HTTP client share no base class
-            raise fail(f"{name}: {str(error) or type(error).__name__}") from error
+            raise fail("validate.py", f"{name}: {str(error) or type(error).__name__}") from error
         row = {"model": name, **validate(model, loader, args), **facts}
         if not rows:
             print(f"{'model':<{width}}    top-1    top-5    loss  Mparams   GMACs  images/s")
@@ -208,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             print(report_photos(Path("outputs/demo")))
         except ImportError as error:
-            raise fail(error) from error
+            raise fail("validate.py", error) from error
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ from pathlib import Path
 import huggingface_hub
 import timm
 import torch
-from benchmark_models import GATE_STD, move_gates
-from benchmark_report import versions
-from demo import DEMO_DEFAULTS, PhotoReader, create_demo_model
-from models import expand_names, load_checkpoint, read_checkpoint
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from validate import build_model
-from visualize_args import check_args, parse_args
-from visualize_layer import Layer, LayerInputs, find_layer
 
+from common.command_line import fail
+from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
+from common.gates import GATE_STD, move_gates
+from common.models import build_model, expand_names, load_checkpoint, read_checkpoint
+from common.record import versions
 from fdconv_zoo import FDConv2d, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
+from pictures.args import check_args, parse_args
+from pictures.layer import Layer, LayerInputs, find_layer
 
 DEMO_PHOTOS = (13, 0, 7)
 DEMO_NOTE = (
@@ -98,9 +98,10 @@ def visualize(
         ValueError: A photo can't be read.
     """
     import matplotlib
-    from visualize_pictures import photo_pictures, weight_pictures
-    from visualize_report import write_report
-    from visualize_weights import STYLE
+
+    from pictures.captions import photo_pictures, weight_pictures
+    from pictures.report import write_report
+    from pictures.weights import STYLE
 
     batch, photos = read_photos(args.photos, model, args.img_size)
     inputs, layer = LayerInputs(layer_name), layers[layer_name]
@@ -125,15 +126,10 @@ def visualize(
     }
     with torch.inference_mode(), matplotlib.rc_context(STYLE):
         pictures, similar = weight_pictures(layer)
-        pictures += photo_pictures(layer, layer_name, inputs, photos, names)
-        page = write_report(args.output, title, facts, notes, pictures, list(layers))
+        pictures += photo_pictures(layer, name=layer_name, inputs=inputs, photos=photos, titles=names)
+        page = write_report(args.output, title=title, facts=facts, notes=notes, pictures=pictures, layers=list(layers))
     print(f"{title}, layer {layer_name}", similar, *notes, sep="\n")
     return page
-
-
-def fail(error: object) -> SystemExit:
-    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"visualize.py: error: {' '.join(str(error).split())}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         layers = dict(named_fd_layers(model))
         layer_name = find_layer(layers, args.layer)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise fail(error) from error
+        raise fail("visualize.py", error) from error
     if args.list_layers:
         print("\n".join(layers))
         return
@@ -160,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         print(visualize(model.eval(), title, layer_name, layers, args))
     except ImportError as error:
-        raise fail(f"{error}; {NEEDED}") from error
+        raise fail("visualize.py", f"{error}; {NEEDED}") from error
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise fail(error) from error
+        raise fail("visualize.py", error) from error
 
 
 if __name__ == "__main__":

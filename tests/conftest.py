@@ -1,4 +1,5 @@
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ band_index = lru_cache(maxsize=32)(fdw.band_index)
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With pytest-xdist, one process runs all tests of a file of scripts/: they share training runs and pages."""
+    scripts = Path(__file__).parent / "scripts"
     for item in items:
-        if item.path.parent.name == "scripts":
+        if scripts in item.path.parents:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import torch
+
 import train_dense
-from train_dense_args import parse_args
+from dense.args import parse_args
 
 if __name__ == "__main__":
     modules = []

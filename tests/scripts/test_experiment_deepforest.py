@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from experiment_deepforest import BACKBONES, boxes_in_tile, parse_args, read_boxes, train_command, write_split
 from PIL import Image
-from train_dense_args import parse_args as parse_train_dense
-from train_dense_coco import CocoBoxes
+
+from dense.args import parse_args as parse_train_dense
+from dense.coco import coco_boxes
+from experiment_deepforest import BACKBONES, boxes_in_tile, parse_args, read_boxes, train_command, write_split
 
 BOXES = [(10, 10, 30, 40), (95, 20, 115, 30), (40, 90, 50, 130), (150, 150, 170, 180)]
 
@@ -46,7 +47,7 @@ def test_scenes_become_tiles_that_train_dense_reads(scene, tmp_path):
     content = json.loads((tmp_path / "data" / "train.json").read_text())
     assert [image["file_name"] for image in content["images"]] == [f"{index:04}.png" for index in range(8)]
     assert len({entry["id"] for entry in content["annotations"]}) == 8
-    dataset = CocoBoxes(tmp_path / "data" / "train", tmp_path / "data" / "train.json", with_masks=False, train=False)
+    dataset = coco_boxes(tmp_path / "data" / "train", tmp_path / "data" / "train.json", with_masks=False, train=False)
     for image, target in dataset:
         inside = torch.zeros(100, 100, dtype=torch.bool)
         for x1, y1, x2, y2 in target["boxes"].int().tolist():

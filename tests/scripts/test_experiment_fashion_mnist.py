@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment_fashion_mnist import FILES, VARIANTS, create_model, main, read_idx, use_official_scaling
 from PIL import Image
 
+from experiment_fashion_mnist import FILES, VARIANTS, create_model, main, read_idx, use_official_scaling
 from fdconv_zoo import FDConv2d
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.cost import count_parameters

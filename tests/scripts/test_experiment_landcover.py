@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from experiment_landcover import create_model, main
-from experiment_landcover_data import GROUPS, LandCoverTiles, cut_tiles, is_validation, read_map, wheel_file
 from PIL import Image
 
+from common.wheels import wheel_file
+from experiment_landcover import create_model, main
+from experiments.landcover_data import GROUPS, LandCoverTiles, cut_tiles, is_validation, read_map
 from fdconv_zoo.convert import named_fd_layers
 
 ROWS, COLUMNS = 400, 900  # one period of strips; rows 300 to 396 hold one row of tiles of 96

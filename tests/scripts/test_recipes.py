@@ -3,8 +3,9 @@
 import csv
 
 import pytest
-from train import main
 from train_runs import SCRIPTS
+
+from train import main
 
 RECIPES = sorted((SCRIPTS / "configs").glob("*.yaml"))
 # Small images and batches; the loss, optimiser, schedule and augmentation are the recipe's, and so is the model but for

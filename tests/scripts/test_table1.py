@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from table1 import PAPER, PAPER_ADDED, build_detector, count_elementwise, main
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from fdconv_zoo.cost import count_parameters
+from table1 import PAPER, PAPER_ADDED, build_detector, count_elementwise, main
 
 
 def test_paper_figures_are_met(capsys, tmp_path):

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models import load_checkpoint
 from timm.utils import random_seed
-from train import load_initial_weights, main
-from train_checkpoint import load_state
 from train_runs import ENVIRONMENT, SCRIPTS, assert_same_weights, command, photo_folder, run, run_until
-from train_signals import StopSignals
+
+from common.checkpoint import load_state
+from common.signals import StopSignals
+from train import load_initial_weights, main
 
 # Everything random that a run can have: dropout, stochastic depth, augmentation in the loader workers, random erasing
 # and mixup in the main process; and everything stateful: momentum, schedule, EMA, accumulated passes.
@@ -65,13 +66,14 @@ def test_stopped_run_saves_leaves_and_resumes_to_the_same_weights(photos, uninte
 KILL_BETWEEN_WRITES = """
 import os, signal, sys
 sys.path.insert(0, {scripts!r})
-import train, train_loop
-save_weights = train_loop.save_weights
+import train
+from training import loop
+save_weights = loop.save_weights
 def killed_on_second_save(weights, path, metadata):
     if metadata["update"] == "6":
         os.kill(os.getpid(), signal.SIGKILL)
     save_weights(weights, path, metadata)
-train_loop.save_weights = killed_on_second_save
+loop.save_weights = killed_on_second_save
 train.main(sys.argv[1:])
 """
 

@@ -20,11 +20,9 @@ from dense_data import (
     write_cityscapes,
     write_data,
 )
+
+from dense.args import parse_args
 from train_dense import create_trainer, main
-from train_dense_args import parse_args
-from train_dense_coco import CocoBoxes
-from train_dense_masks import MaskFolders
-from train_dense_optim import rate_factor
 
 CONFIGS = sorted((Path(__file__).parents[2] / "scripts" / "configs" / "dense").glob("*.yaml"))
 
@@ -151,30 +149,6 @@ def test_config_runs_one_batch(config, config_data, tmp_path, capsys):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
-def test_categories_become_labels_in_the_order_of_their_ids(data):
-    dataset = CocoBoxes(data / "train", data / "train.json", with_masks=True, train=False)
-    image, target = dataset[0]
-    assert (image.shape, image.dtype) == ((3, 96, 80), torch.float32)
-    assert target["labels"].tolist() == [1, 2]
-    for channel, ((x1, y1, x2, y2), mask) in enumerate(
-        zip(target["boxes"].int().tolist(), target["masks"], strict=True)
-    ):
-        assert (image[channel, y1:y2, x1:x2] > 0.8).all()
-        assert mask[y1:y2, x1:x2].all() and mask.sum() == 900
-
-
-def test_mirror_moves_boxes_and_masks_with_the_image(data):
-    dataset = CocoBoxes(data / "train", data / "train.json", with_masks=True, train=True)
-    torch.manual_seed(0)
-    seen = set()
-    for _ in range(12):
-        image, target = dataset[1]
-        (x1, y1, x2, y2), mask = target["boxes"][0].int().tolist(), target["masks"][0]
-        assert (image[0, y1:y2, x1:x2] > 0.8).all() and mask[y1:y2, x1:x2].all()
-        seen.add(x1)
-    assert len(seen) == 2
-
-
 def broken(name):
     """A json that can't be used, as a function of the right one."""
 
@@ -226,18 +200,6 @@ def test_broken_image_is_one_line(data, tmp_path):
     assert f"can't read {folder}" in error_of(options).replace("\\n", "")
 
 
-def test_mask_of_an_unknown_class_is_refused(data):
-    options = {
-        "ignore_index": 255, "mean": (0.5,) * 3, "std": (0.5,) * 3, "scale_size": 96, "crop_size": None,
-        "scale": (1.0, 1.0), "image_suffix": "", "mask_suffix": ".png", "mask_values": [],
-    }  # fmt: skip
-    folders = data / "val", data / "val_masks"
-    with pytest.raises(ValueError, match=r"has classes \[2\], allowed are 0 to 1 and 255"):
-        MaskFolders(*folders, num_classes=2, reduce_zero_label=False, **options)[0]
-    mask = MaskFolders(*folders, num_classes=2, reduce_zero_label=True, **options)[0][1]
-    assert mask.unique().tolist() == [0, 1, 255]
-
-
 def test_missing_masks_are_one_line(data, tmp_path):
     empty = tmp_path / "masks"
     empty.mkdir()
@@ -255,16 +217,3 @@ def test_missing_options_are_named(data, capsys):
         with pytest.raises(SystemExit):
             parse_args(arguments)
         assert message in capsys.readouterr().err
-
-
-def test_rate_of_1x_falls_at_epochs_8_and_11(data):
-    args = parse_args([*boxes(data), "--warmup-steps", "50"])
-    factor = rate_factor(args, total=1200, updates_per_epoch=100)
-    assert factor(0) == pytest.approx(0.001)
-    assert [factor(update) for update in (50, 799, 800, 1099, 1100)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-
-
-def test_poly_rate_ends_at_zero(data):
-    args = parse_args([*boxes(data), "--sched", "poly", "--warmup-steps", "1"])
-    factor = rate_factor(args, total=100, updates_per_epoch=10)
-    assert [factor(update) for update in (50, 100)] == pytest.approx([0.5**0.9, 0.0])

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_dense
 from dense_data import SMALL, SMALL_DETECTOR, SMALL_MASK2FORMER, boxes, masks, write_data
-from train_dense_args import parse_args
-from train_dense_resume import EpochSampler, read_progress
 from train_runs import SCRIPTS, run, run_until
+
+import train_dense
+from dense.args import parse_args
+from dense.resume import EpochSampler, read_progress
 
 SCRIPT = SCRIPTS / "train_dense.py"
 HEADS = {

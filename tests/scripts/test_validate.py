@@ -41,12 +41,12 @@ def validate(scripts):
 
 @pytest.fixture(scope="module")
 def models(scripts):
-    return importlib.import_module("models")
+    return importlib.import_module("common.models")
 
 
 @pytest.fixture(scope="module")
 def static_weights(scripts):
-    return importlib.import_module("demo").read_static_weights()
+    return importlib.import_module("common.demo_data").read_static_weights()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def checkpoint(static_weights, tmp_path_factory):
 def photos(scripts, tmp_path_factory):
     """The 20 photos in folders named by ImageNet synsets, under val/."""
     root = tmp_path_factory.mktemp("photos")
-    reader = importlib.import_module("demo").PhotoReader()
+    reader = importlib.import_module("common.demo_data").PhotoReader()
     for path, label in zip(reader.paths, reader.labels, strict=True):
         folder = root / "val" / ImageNetInfo().index_to_label_name(label)
         folder.mkdir(parents=True, exist_ok=True)

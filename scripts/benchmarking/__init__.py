@@ -1,0 +1,1 @@
+"""Parts of ``benchmark.py``: arguments, what is compared, a measurement, the clock, memory, tables and picture."""

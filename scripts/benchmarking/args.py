@@ -1,0 +1,139 @@
+"""Command line of ``benchmark.py``."""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timm.utils import ParseKwargs
+
+from common.command_line import check_device
+
+DESCRIPTION = """Measure what FDConv models cost beside their static twins: time, memory, parameters and MACs.
+
+The two run in alternation in one process, so that a busy machine slows both alike, and a ratio can be trusted more
+than a time. Each figure is a median after a warm-up. Weights are random, gates are not at 1, images are noise."""
+EXAMPLES = """examples:
+  benchmark.py --model resnet18_fdconv --img-size 64             a first look, in a few seconds
+  benchmark.py --preset table --compile                          the table of docs/performance.md
+  benchmark.py --model resnet50_fdconv --mode eval train --batch-size 2 4 8 --threads 1 2
+  benchmark.py --model convnext_tiny_fdconv --img-size 112 224 448 --batch-size 1 2 4 --plot cost.png
+  benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
+  benchmark.py --model 'resnet*_fdconv' --device cuda --amp --channels-last --compile --compile-mode reduce-overhead
+
+A train step is forward, backward, a step of plain SGD, and zero_grad; it needs a batch of 2 or more.
+Ctrl-C ends the measuring and keeps what has been measured. The CUDA path is written by the same rules (synchronised,
+CUDA's own memory statistics), but no figure in this project comes from a GPU."""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive whole number"  # argparse: "invalid positive whole number value: '0'"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what to measure (every combination)").add_argument
+    add("--model", nargs="+", metavar="NAME", help="FDConv models, or quoted wildcards: 'resnet*_fdconv'")
+    add(
+        "--preset",
+        choices=("table",),
+        help="instead of --model, --batch-size and --mode: resnet50, convnext_tiny and swin_tiny in eval at batch 1 "
+        "and 8 and in training at batch 4, a 512-channel layer on 7x7 maps, a small net in training; printed as one "
+        "table",
+    )
+    add("--batch-size", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
+    add("--img-size", nargs="+", type=_positive, default=[224], metavar="PIXELS", help="default: 224")
+    add("--mode", nargs="+", choices=("eval", "train"), default=["eval"], help="default: eval")
+    add(
+        "--threads",
+        nargs="+",
+        type=_positive,
+        default=[torch.get_num_threads()],
+        metavar="N",
+        help="of the CPU, for one operation (default: %(default)s)",
+    )
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="for the FDConv models: num_bands=16 recompute=False",
+    )
+
+    add = parser.add_argument_group("how to run it").add_argument
+    add("--compile", action="store_true", help="torch.compile too, beside eager, for both models of a pair")
+    add(
+        "--compile-mode",
+        default="default",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="default: %(default)s",
+    )
+    add(
+        "--reference",
+        action="store_true",
+        help="time tests/reference.py too, the paper's equations as literally written (not the authors' code), and "
+        "its difference from the model's output; CPU, eager, eval only: it is slow, minutes at the first pass, and "
+        "its training step would keep every group of every weight",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--amp", action="store_true", help="autocast")
+    add("--amp-dtype", choices=("float16", "bfloat16"), default="bfloat16", help="default: %(default)s")
+    add("--channels-last", action="store_true")
+
+    add = parser.add_argument_group("how to measure").add_argument
+    add("--repeats", type=_positive, default=10, metavar="N", help="rounds (default: %(default)s)")
+    add("--warmup", type=_positive, default=2, metavar="N", help="calls before them (default: %(default)s)")
+    add("--reference-repeats", type=_positive, default=1, metavar="N", help="default: %(default)s, after one warm-up")
+    add("--seed", type=int, default=0, help="of weights, gates and images (default: %(default)s)")
+
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--results-file",
+        type=Path,
+        default=Path("outputs/benchmark.json"),
+        metavar="FILE",
+        help="every figure, as JSON, written anew after every measurement (default: %(default)s)",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="PNG: time against image size and batch, logarithmic; give two or more of --img-size or --batch-size",
+    )
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse what can't work before any work starts.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    if bool(args.model) == bool(args.preset):
+        raise ValueError("say what to measure: --model NAME or --preset table, one of them")
+    if args.preset and len(args.img_size) > 1:
+        raise ValueError(f"--preset table takes one --img-size, got {', '.join(map(str, args.img_size))}")
+    if not args.preset and args.mode == ["train"] and max(args.batch_size) < 2:
+        raise ValueError("a train step needs --batch-size 2 or more: KSM's BatchNorm can't train on one sample")
+    if args.results_file.suffix != ".json":
+        raise ValueError(f"--results-file must end in .json, got {args.results_file}")
+    if args.reference and (args.device != "cpu" or args.amp):
+        raise ValueError("--reference runs in full precision on the CPU: give --device cpu and no --amp")
+    if args.plot:
+        if args.plot.suffix != ".png":
+            raise ValueError(f"--plot must end in .png, got {args.plot}")
+        if not args.preset and len(args.img_size) < 2 and len(args.batch_size) < 2:
+            raise ValueError("--plot needs two or more of --img-size or --batch-size")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install 'fdconv-zoo[demo]'")
+    check_device(args.device)

@@ -1,0 +1,1 @@
+"""What the rooms beside this one share; nothing here knows a room or a command."""

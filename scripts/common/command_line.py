@@ -1,0 +1,31 @@
+"""What command lines share: the layout of their help, errors in one line, a device that is there."""
+
+import argparse
+
+import torch
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the layout of the examples, and shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False, {}, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def fail(program: str, error: object) -> SystemExit:
+    """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
+    return SystemExit(f"{program}: error: {' '.join(str(error).split())}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine or this torch does not have.
+
+    Raises:
+        ValueError: Says why.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,130 @@
+"""Images with boxes and masks from a COCO-format json, as torchvision's detectors take them."""
+
+import contextlib
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes, Mask
+from torchvision.tv_tensors import Image as ImageTensor
+
+Target = dict[str, Tensor]
+KEYS = ("boxes", "labels", "iscrowd", "area")
+
+
+class CocoObjects(CocoDetection):
+    """torchvision's data set with the objects that a detector learns, and errors that name the file.
+
+    Labels, in place of the categories' ids, are 1 and up in the order of the ids. Objects without an area are left out.
+
+    Args:
+        images: Folder of the images.
+        annotations: The json.
+        train: Leaves out objects that stand for crowds, which are for the evaluation, and images without objects.
+        transforms: Of image and target.
+
+    Raises:
+        ValueError: The json can't be used, an image is missing, or no image is left.
+    """
+
+    def __init__(self, images: Path, annotations: Path, train: bool, transforms: v2.Transform) -> None:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                super().__init__(images, str(annotations), transforms=transforms)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"can't read {annotations}: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{annotations} is no COCO file of boxes: an entry has no {error}") from error
+        except (AssertionError, TypeError) as error:
+            raise ValueError(f"{annotations} is no COCO file of boxes: {error}") from error
+        missing = [key for key in ("images", "annotations", "categories") if key not in self.coco.dataset]
+        if missing:
+            raise ValueError(f"{annotations} is no COCO file of boxes: it has no {', '.join(missing)}")
+        self.train = train
+        self.categories = sorted(self.coco.cats)
+        self.label_of = {category: label for label, category in enumerate(self.categories, 1)}
+        unknown = {entry["category_id"] for entry in self.coco.anns.values()} - set(self.categories)
+        if unknown:
+            raise ValueError(f"{annotations} has objects of unknown category_id {sorted(unknown)[:5]}")
+        self.ids = [key for key in self.ids if not train or self._load_target(key)]
+        if not self.ids:
+            raise ValueError(f"{annotations} has no images{' with objects' if train else ''}")
+        present = {path.name for path in images.iterdir()} if images.is_dir() else set()
+        names = [self.coco.imgs[key]["file_name"] for key in self.ids]
+        # names may have folders in them
+        gone = [name for name in names if name not in present and not (images / name).is_file()]
+        if gone:
+            raise ValueError(f"{len(gone)} of {len(names)} images of {annotations} are not in {images}: {gone[0]}, ...")
+
+    def _load_image(self, id: int) -> Image.Image:
+        try:
+            return super()._load_image(id)
+        except (OSError, SyntaxError) as error:  # Pillow's for a PNG with broken parts
+            path = self.root / self.coco.imgs[id]["file_name"]
+            raise ValueError(f"can't read {path}: {error}") from error
+
+    def _load_target(self, id: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "iscrowd": 0,
+                "area": entry["bbox"][2] * entry["bbox"][3],
+                **entry,
+                "category_id": self.label_of[entry["category_id"]],
+            }
+            for entry in self.coco.imgToAnns[id]
+            if min(entry["bbox"][2:]) > 0 and not (self.train and entry.get("iscrowd", 0))
+        ]
+
+
+def complete_target(image: Image.Image, target: dict[str, Any], with_masks: bool) -> tuple[Image.Image, Target]:
+    """Make tensors of the wrapper's lists; for an image without objects, of which it tells the id only, of length 0."""
+    if "boxes" not in target:
+        height, width = v2.functional.get_size(image)
+        target = {
+            "boxes": BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width)),
+            "labels": torch.zeros(0, dtype=torch.int64),
+            "iscrowd": [],
+            "area": [],
+        }
+        if with_masks:
+            target["masks"] = Mask(torch.zeros(0, height, width, dtype=torch.uint8))
+    iscrowd, area = torch.tensor(target["iscrowd"], dtype=torch.int64), torch.tensor(target["area"])
+    return image, {**target, "iscrowd": iscrowd, "area": area}
+
+
+def coco_boxes(images: Path, annotations: Path, with_masks: bool, train: bool) -> CocoObjects:
+    """Images (3, H, W) in [0, 1] of a COCO json, with boxes (N, 4) as x1 y1 x2 y2, labels, iscrowd and area.
+
+    Args:
+        images: Folder of the images.
+        annotations: The json.
+        with_masks: Reads the objects' masks (N, H, W) too.
+        train: Leaves out crowds and images without objects, and mirrors half of the images.
+
+    Raises:
+        ValueError: The json can't be used, an image is missing, or no image is left; later, where an image can't be
+            decoded.
+    """
+    transforms = v2.Compose(
+        [
+            partial(complete_target, with_masks=with_masks),
+            v2.ToImage(),
+            v2.ToDtype({ImageTensor: torch.float32, BoundingBoxes: torch.float32, "others": None}, scale=True),
+            v2.RandomHorizontalFlip(0.5 if train else 0.0),
+            v2.ToPureTensor(),
+        ]
+    )
+    keys = (*KEYS, "masks") if with_masks else KEYS
+    return wrap_dataset_for_transforms_v2(CocoObjects(images, annotations, train, transforms), keys)
+
+
+def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """A batch is lists: images differ in size, and the detector puts them together."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

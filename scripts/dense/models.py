@@ -1,0 +1,96 @@
+"""Detectors of torchvision, and networks of segmentation-models-pytorch and transformers, on any timm backbone."""
+
+import argparse
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from fdconv_zoo.dense import FeaturePyramid
+
+DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
+PYRAMID = 256  # channels of every map
+
+
+def backbone_options(args: argparse.Namespace, resumed: bool) -> dict[str, Any]:
+    """Return the keyword arguments of `timm.create_model` that choose weights and size.
+
+    Args:
+        args: Arguments of train_dense.py.
+        resumed: A checkpoint brings the weights, so that none are downloaded or read.
+    """
+    options = dict(args.backbone_kwargs)
+    if args.initial_checkpoint and not resumed:
+        return {**options, "pretrained": True, "pretrained_cfg_overlay": {"file": str(args.initial_checkpoint)}}
+    return {**options, "pretrained": args.pretrained and not resumed}
+
+
+def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation of the images that a backbone's weights were trained with."""
+    config = resolve_model_data_config(timm.create_model(backbone, num_classes=0), use_test_size=False)
+    return config["mean"], config["std"]
+
+
+def create_detector(args: argparse.Namespace, num_classes: int, resumed: bool) -> tuple[nn.Module, nn.Module]:
+    """Return a torchvision detector and the timm backbone in it.
+
+    Args:
+        args: Arguments of train_dense.py.
+        num_classes: Classes without the background.
+        resumed: A checkpoint brings the weights.
+    """
+    retina = args.head == "retinanet"
+    levels = (-3, -2, -1) if retina else (-4, -3, -2, -1)
+    backbone = timm.create_model(
+        args.backbone, features_only=True, out_indices=levels, **backbone_options(args, resumed)
+    )
+    pyramid = FeaturePyramid(backbone, PYRAMID, LastLevelP6P7(PYRAMID, PYRAMID) if retina else None)
+    mean, std = normalization(args.backbone)
+    model = DETECTORS[args.head](
+        pyramid,
+        num_classes + 1,
+        min_size=tuple(args.min_size),
+        max_size=args.max_size,
+        image_mean=list(mean),
+        image_std=list(std),
+        **args.head_kwargs,
+    )
+    return model, backbone
+
+
+def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module, nn.Module]:
+    """Return a network, scores (B, classes, H, W) of images (B, 3, H, W), and the backbone in it."""
+    options = backbone_options(args, resumed)
+    if args.head == "mask2former":
+        from dense.mask2former import create_mask2former  # needs transformers, which other heads do not
+
+        return create_mask2former(args, options)
+    pretrained = options.pop("pretrained")
+    model = smp.create_model(
+        args.head,
+        f"tu-{args.backbone}",
+        encoder_weights="imagenet" if pretrained else None,  # smp's word for timm's own weights
+        classes=args.num_classes,
+        **args.head_kwargs,
+        **options,
+    )
+    return model, model.encoder
+
+
+def predict_classes(model: nn.Module, image: Tensor, size: tuple[int, int], divisor: int = 32) -> Tensor:
+    """Return the likeliest class of each pixel of one image.
+
+    Args:
+        model: Network with scores (1, classes, H, W).
+        image: (1, 3, h, w), padded inside to multiples of `divisor`.
+        size: H and W of the result.
+        divisor: What height and width must be multiples of.
+    """
+    height, width = image.shape[-2:]
+    padded = nn.functional.pad(image, (0, -width % divisor, 0, -height % divisor))
+    scores = model(padded)[..., :height, :width]
+    return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False).argmax(1)

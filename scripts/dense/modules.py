@@ -1,0 +1,150 @@
+"""Lightning modules: what a training and a validation step are for detection and for semantic segmentation."""
+
+import argparse
+from itertools import chain, zip_longest
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.utils import random_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.detection import MeanAveragePrecision
+
+from dense.coco import Target
+from dense.models import predict_classes
+from dense.optim import create_optimizer, rate_factor
+
+
+def gather_images(metric: MeanAveragePrecision, rank: int, world_size: int) -> None:
+    """Give a process's metric the images of all, in the order that one process would have.
+
+    torchmetrics' own way waits for ever where processes have different numbers of images.
+
+    Args:
+        metric: It has image ``rank``, ``rank + world_size``, and so on.
+        rank: Of this process.
+        world_size: Number of processes.
+    """
+    states: list[Any] = [None] * world_size
+    dist.all_gather_object(states, metric.metric_state)
+    nothing = object()
+    for name in states[rank]:
+        images = chain.from_iterable(zip_longest(*(state[name] for state in states), fillvalue=nothing))
+        setattr(metric, name, [image for image in images if image is not nothing])
+
+
+class DenseModule(L.LightningModule):
+    """What all tasks share: optimiser, schedule, random numbers of an update, and one score for all processes.
+
+    Args:
+        model: Backbone and head.
+        backbone: The backbone in it.
+        args: Arguments of train_dense.py.
+    """
+
+    def __init__(self, model: nn.Module, backbone: nn.Module, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model, self.args = model, args
+        self.backbone_parts = [backbone]  # in a list, so that it is not registered twice
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        images = self.args.batch_size * self.args.grad_accum_steps * self.trainer.world_size
+        optimizer = create_optimizer(self.model, self.backbone_parts[0], self.args, images)
+        total = self.args.steps or int(self.trainer.estimated_stepping_batches)
+        per_epoch = self.trainer.num_training_batches / self.args.grad_accum_steps
+        schedule = LambdaLR(optimizer, rate_factor(self.args, total, per_epoch))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # a resumed run draws what the uninterrupted one did
+        entropy = (self.args.seed, self.trainer.global_step, batch_index, self.global_rank)
+        random_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def on_validation_epoch_start(self) -> None:
+        # each process has batch norm statistics of its own since the last update; the first one's are saved
+        if self.trainer.world_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def log_score(self, name: str, value: Tensor, prog_bar: bool) -> None:
+        """Log a score that all processes have computed alike."""
+        self.log(f"val/{name}", value, prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
+
+
+class DetectionModule(DenseModule):
+    """torchvision's detectors: their own losses, mAP as COCO defines it.
+
+    Args:
+        model: Backbone and head.
+        backbone: The backbone in it.
+        args: Arguments of train_dense.py.
+    """
+
+    def __init__(self, model: nn.Module, backbone: nn.Module, args: argparse.Namespace) -> None:
+        super().__init__(model, backbone, args)
+        self.kinds = ("bbox", "segm") if args.head == "mask_rcnn" else ("bbox",)
+        self.average_precision = MeanAveragePrecision(iou_type=self.kinds, sync_on_compute=False)
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> Tensor:
+        losses = self.model(*batch)
+        total = sum(losses.values())
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(batch[0]))
+        self.log("train/loss", total, prog_bar=True, batch_size=len(batch[0]))
+        return total
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> None:
+        images, targets = batch
+        found = self.model(images)
+        for result in found:
+            if "masks" in result:
+                result["masks"] = result["masks"][:, 0] > 0.5
+        # on the CPU, where COCO's evaluation is done and where processes exchange objects
+        on_cpu = [[{name: value.cpu() for name, value in image.items()} for image in part] for part in (found, targets)]
+        self.average_precision.update(*on_cpu)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            gather_images(self.average_precision, self.global_rank, self.trainer.world_size)
+        scores = self.average_precision.compute()
+        self.average_precision.reset()
+        for kind in self.kinds:
+            prefix = f"{kind}_" if len(self.kinds) > 1 else ""
+            title = "mask" if kind == "segm" else "box"
+            for key, name in (("map", "mAP"), ("map_50", "mAP50"), ("map_75", "mAP75")):
+                self.log_score(f"{title}_{name}", scores[prefix + key], prog_bar=key == "map")
+
+
+class SegmentationModule(DenseModule):
+    """Cross-entropy of each pixel or the model's own loss, mIoU over the whole validation set.
+
+    Args:
+        model: Backbone and head; with a method `loss` of images and masks, or it gives logits of each pixel.
+        backbone: The backbone in it.
+        args: Arguments of train_dense.py.
+    """
+
+    def __init__(self, model: nn.Module, backbone: nn.Module, args: argparse.Namespace) -> None:
+        super().__init__(model, backbone, args)
+        self.iou = MulticlassJaccardIndex(args.num_classes, ignore_index=args.ignore_index)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, masks = batch
+        if self.args.head == "mask2former":
+            loss = self.model.loss(images, masks)
+        else:
+            loss = F.cross_entropy(self.model(images), masks, ignore_index=self.args.ignore_index)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        image, mask = batch
+        self.iou.update(predict_classes(self.model, image, tuple(mask.shape[-2:])), mask)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_score("mIoU", self.iou.compute(), prog_bar=True)
+        self.iou.reset()

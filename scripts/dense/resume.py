@@ -1,0 +1,100 @@
+"""Runs of ``train_dense.py`` that can be stopped at any time and go on as if they had not been.
+
+All randomness is drawn from numbers that a checkpoint has: the order of an epoch from (seed, epoch), a sample from
+(seed, epoch, position), and an update from (seed, updates, batch, process). An epoch that was cut off is therefore
+repeated as it was.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data.distributed import DistributedSampler
+
+from common.checkpoint import CheckpointError, save_state
+from common.sampler import SampleKey
+from common.signals import StoppedError, StopSignals
+
+# what a stop raises; Lightning's own is for a signal that comes before the first batch
+STOPS = (StoppedError, SIGTERMException)
+
+
+class EpochSampler(DistributedSampler):
+    """Keys of a process's samples (index, epoch, position); positions are of the whole epoch, over all processes."""
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        epoch = self.epoch
+        for i, index in enumerate(super().__iter__()):
+            yield SampleKey(index, epoch, i * self.num_replicas + self.rank)
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints beside their names and renames them, as Lightning does within one file system only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
+    ) -> None:
+        """Raises CheckpointError where the file can't be written; an earlier one is intact."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_state(checkpoint, Path(path))
+
+
+def read_progress(path: Path) -> tuple[int, int]:
+    """Return the epochs and the updates done before a checkpoint.
+
+    Raises:
+        CheckpointError: It is none, or can't be read.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint["epoch"] + 1, checkpoint["global_step"]
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"can't resume from {path}: it is no whole checkpoint ({reason})") from error
+
+
+class StopAfterBatch(L.Callback):
+    """Ends the run after the batch in which one of its processes received SIGTERM or SIGINT.
+
+    Lightning's handler, which this one takes the place of, talks to the other processes at whatever point the signal
+    comes, between their messages about gradients, and ends with exit code 0.
+    """
+
+    def __init__(self) -> None:
+        self.stop = StopSignals()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning puts all handlers back in the end
+        self.stop.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Raises StoppedError where a process of the run was told to stop."""
+        if trainer.strategy.reduce_boolean_decision(self.stop.signum != 0, all=False):
+            raise StoppedError(self.stop.signum or signal.SIGTERM)
+
+
+class EndOfRun(L.Callback):
+    """Validates at the end too, where an interval of validations or an epoch is cut off there.
+
+    With Lightning's `max_steps` there would be no score after a part of an epoch, and a run that is resumed after an
+    epoch without validation would train on one batch more.
+
+    Args:
+        steps: Updates of the whole run; None to end with Lightning's `max_epochs`.
+    """
+
+    def __init__(self, steps: int | None) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        steps_done = trainer.global_step == self.steps
+        if steps_done or trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+        if steps_done:
+            trainer.should_stop = True

@@ -1,0 +1,1 @@
+"""Parts of ``train.py``: arguments, data, the loop, validation and the log."""

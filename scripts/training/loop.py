@@ -1,0 +1,316 @@
+"""The training loop: updates, validation, checkpoints, and an orderly end."""
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask
+from timm.utils import dispatch_clip_grad
+
+from common.checkpoint import (
+    BEST_FILE,
+    STATE_FILE,
+    copy_weights,
+    random_state,
+    save_state,
+    save_weights,
+    set_random_state,
+)
+from common.signals import StoppedError, StopSignals
+from training.args import recorded_args
+from training.data import BatchAugmentation, TrainLoader
+from training.log import RunLog
+from training.validate import evaluate
+
+_logger = logging.getLogger("train")
+
+
+class DivergedError(RuntimeError):
+    """The loss or a weight is no longer finite."""
+
+
+@dataclass
+class Progress:
+    """Where a run is; part of every checkpoint.
+
+    Attributes:
+        epoch: Current epoch.
+        epoch_updates: Updates done in it.
+        updates: Updates done in the run.
+        loss_sum: Sum of the epoch's losses so far, one each update.
+        best_metric: Best validation metric, ``None`` before the first validation.
+        best_epoch: Its epoch.
+    """
+
+    epoch: int = 0
+    epoch_updates: int = 0
+    updates: int = 0
+    loss_sum: float = 0.0
+    best_metric: float | None = None
+    best_epoch: int | None = None
+
+
+@dataclass
+class Trainer:
+    """Trains a task, validates after each epoch and saves all it needs to go on.
+
+    Attributes:
+        args: Arguments of train.py.
+        task: timm's classification task, on its device and prepared for distribution.
+        optimizer: Optimiser of the task's model.
+        scheduler: timm's schedule, stepped each update.
+        scaler: Gradient scaler, disabled but for float16.
+        autocast: Mixed precision of the forward pass, or disabled.
+        memory_format: Layout of the images.
+        train_loader: Training batches.
+        val_loader: Validation batches.
+        augment: Augmentation of training batches.
+        log: Log of the run, in its first process.
+        device: Device of this process.
+        epochs: Epochs of the whole schedule.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        stop: Stop signals of this process.
+        progress: Where the run is.
+    """
+
+    args: argparse.Namespace
+    task: ClassificationTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    memory_format: torch.memory_format
+    train_loader: TrainLoader
+    val_loader: Any
+    augment: BatchAugmentation
+    device: torch.device
+    epochs: int
+    rank: int
+    world_size: int
+    stop: StopSignals
+    log: RunLog | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def fit(self) -> None:
+        """Train to the end of the schedule, or for ``--steps`` updates.
+
+        Raises:
+            DivergedError: The loss or a weight is not finite. The last checkpoint is from before.
+            StoppedError: A stop signal came. The checkpoint is from now.
+            CheckpointError: A checkpoint can't be written. The one before is intact.
+        """
+        while not self._finished():
+            self._train_epoch()
+            self._save()
+            self._validate()
+            if self.progress.epoch_updates * self.args.grad_accum_steps >= len(self.train_loader):
+                self.progress.epoch += 1
+                self.progress.epoch_updates = 0
+                self._loss_sum.zero_()
+                self._save()
+            self._leave_if_asked()
+
+    def _finished(self) -> bool:
+        steps = self.args.steps
+        return self.progress.epoch >= self.epochs or (steps is not None and self.progress.updates >= steps)
+
+    def _train_epoch(self) -> None:
+        """Train what is left of the epoch, or of ``--steps``."""
+        args, progress, total = self.args, self.progress, len(self.train_loader)
+        first = progress.epoch_updates * args.grad_accum_steps
+        batches = self.train_loader.batches(progress.epoch, first)
+        self.task.train()
+        if self.log is not None:
+            self.log.start_epoch(progress.updates)
+        for batch in range(first, total, args.grad_accum_steps):
+            if self._finished():
+                return
+            self._loss_sum += self._update(batches, min(args.grad_accum_steps, total - batch))
+            progress.epoch_updates += 1
+            progress.updates += 1
+            self.task.update_ema(step=progress.updates)
+            self.scheduler.step_update(progress.updates)
+            if progress.updates % args.log_interval == 0 or batch + args.grad_accum_steps >= total:
+                self._report(min(1.0, (batch + args.grad_accum_steps) / total))
+            if args.save_every_steps and progress.updates % args.save_every_steps == 0:
+                self._save()
+            self._leave_if_asked()
+
+    def _update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], passes: int) -> torch.Tensor:
+        """One optimiser update from the next ``passes`` batches; returns their mean loss."""
+        args = self.args
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for i in range(passes):
+            images, labels = self.augment(*next(batches), self.progress.epoch)
+            images = images.contiguous(memory_format=self.memory_format)
+            with self.task.no_sync() if i + 1 < passes else nullcontext():
+                with self.autocast:
+                    loss = self.task(images, labels)["loss"] / passes
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if args.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def _mean_loss(self) -> float:
+        """Mean loss of the epoch so far over all processes.
+
+        Raises:
+            DivergedError: A loss since the beginning of the epoch was not finite.
+        """
+        loss_sum = self._loss_sum.clone()
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        self.progress.loss_sum = loss_sum.item() / self.world_size
+        if not math.isfinite(self.progress.loss_sum):
+            raise DivergedError(f"the loss is not finite in epoch {self.progress.epoch}: {self._last_good()}")
+        return self.progress.loss_sum / max(self.progress.epoch_updates, 1)
+
+    def _last_good(self) -> str:
+        state = self.args.output / STATE_FILE
+        advice = "try a lower --lr, more --warmup-epochs, --clip-grad, or --amp-dtype bfloat16"
+        return f"{f'{state} is from before; ' if state.exists() else ''}{advice}"
+
+    def _report(self, share: float) -> None:
+        loss = self._mean_loss()
+        if self.log is not None:
+            images = self.args.batch_size * self.args.grad_accum_steps * self.world_size
+            # Groups differ by lr_scale: the unscaled rate is the largest.
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            self.log.train(self.progress.epoch, share, self.progress.updates, loss, lr, images)
+
+    def _leave_if_asked(self) -> None:
+        signum = self.stop.any_process()
+        if signum:
+            self._save()
+            raise StoppedError(signum)
+
+    def _validate(self) -> None:
+        """Evaluate the weights and their average, note the best, and report the epoch."""
+        metrics = evaluate(self.task, self.val_loader, self.autocast, self.memory_format)
+        watched = metrics[self.args.eval_metric]
+        if self.task.has_ema():
+            averaged = evaluate(self.task, self.val_loader, self.autocast, self.memory_format, ema=True)
+            watched = averaged[self.args.eval_metric]
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        self._report_corrupt_images()
+        progress = self.progress
+        sign = -1 if self.args.eval_metric == "loss" else 1
+        better = progress.best_metric is None or sign * watched > sign * progress.best_metric
+        if better:
+            progress.best_metric, progress.best_epoch = watched, progress.epoch
+        if self.log is not None:
+            if better:
+                last = "last_ema.safetensors" if self.task.has_ema() else "last.safetensors"
+                copy_weights(self.args.output / last, self.args.output / BEST_FILE)
+            lr = max(group["lr"] for group in self.optimizer.param_groups)
+            train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
+            self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
+
+    def _report_corrupt_images(self) -> None:
+        reports = gather(self.train_loader.corrupt_images())
+        if self.log is not None:
+            names = {name for _, found in reports for name in found}
+            self.log.corrupt_images(len(names) or sum(count for count, _ in reports), sorted(names))
+
+    def _save(self) -> None:
+        """Save the state and the weights, from all processes' random states, in the first process."""
+        self._mean_loss()
+        random_states = gather(random_state(self.device))
+        if self.rank != 0:
+            return
+        weights = {"last": self.task.get_checkpoint_state()["state_dict"]}
+        if self.task.has_ema():
+            weights["last_ema"] = self.task.get_checkpoint_state(ema=True)["state_dict_ema"]
+        for name, tensor in weights["last"].items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"{name} is not finite after update {self.progress.updates}: {self._last_good()}")
+        state = {
+            "progress": asdict(self.progress),
+            "args": recorded_args(self.args),
+            "order": self._order(),
+            "weights": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_states,
+        }
+        save_state(state, self.args.output / STATE_FILE)
+        trained_epoch = self.progress.epoch - (self.progress.epoch_updates == 0)
+        facts = {"model": self.args.model, "epoch": trained_epoch, "update": self.progress.updates}
+        metadata = {key: str(value) for key, value in facts.items()}
+        for name, tensors in weights.items():
+            save_weights(tensors, self.args.output / f"{name}.safetensors", metadata)
+
+    def _order(self) -> dict[str, int | float]:
+        """What the order of the training data depends on, besides the data themselves."""
+        return {
+            "batch_size": self.args.batch_size,
+            "grad_accum_steps": self.args.grad_accum_steps,
+            "aug_repeats": self.args.aug_repeats,
+            "seed": self.args.seed,
+            "processes": self.world_size,
+            "batches an epoch": len(self.train_loader),
+            "workers of a stream": self.train_loader.stream_workers,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state that another process saved.
+
+        Args:
+            state: What ``load_state`` read.
+
+        Raises:
+            ValueError: The state is of a run with other batches, so that its position means nothing here.
+        """
+        was, now = state["order"], self._order()
+        different = [f"{name} {was[name]}, not {now[name]}" for name in now if was[name] != now[name]]
+        if different:
+            raise ValueError(
+                f"can't go on at the checkpoint's place in the data: it was made with {'; '.join(different)}. "
+                "Resume with the same, or start a new run with --initial-checkpoint from its last.safetensors"
+            )
+        current = recorded_args(self.args)
+        changed = [
+            f"{name} {value} -> {current[name]}" for name, value in state["args"].items() if value != current[name]
+        ]
+        if changed and self.rank == 0:
+            _logger.warning(f"changed since the checkpoint, so this is no exact continuation: {', '.join(changed)}")
+        self.task.load_checkpoint_state(state["weights"]["last"])
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state["weights"].get("last_ema", state["weights"]["last"]), ema=True)
+        # The options of now hold, such as a lower rate; what an optimiser counts in its groups goes on.
+        groups = zip(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        groups = [{**saved, **current} for saved, current in groups]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if not (self.args.output / BEST_FILE).exists():  # resumed into another directory: the next best counts
+            self.progress.best_metric = self.progress.best_epoch = None
+        self._loss_sum.fill_(self.progress.loss_sum)
+        self.scheduler.step_update(self.progress.updates)  # a function of the number of updates, without state
+        set_random_state(state["random"][self.rank], self.device)
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every process, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,1 @@
+"""Parts of ``validate.py``: arguments, and what its demo prints and draws."""

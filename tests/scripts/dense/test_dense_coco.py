@@ -1,0 +1,100 @@
+"""Images with boxes and masks of a COCO json for scripts/train_dense.py: labels, mirror, objects that are left out."""
+
+import json
+
+import pytest
+import torch
+from dense_data import write_data
+from torch.utils.data import DataLoader
+
+from dense.coco import coco_boxes, collate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four images a split, as boxes, polygons and masks."""
+    return write_data(tmp_path_factory.mktemp("coco"), train=4, val=4)
+
+
+def test_categories_become_labels_in_the_order_of_their_ids(data):
+    dataset = coco_boxes(data / "train", data / "train.json", with_masks=True, train=False)
+    image, target = dataset[0]
+    assert (image.shape, image.dtype) == ((3, 96, 80), torch.float32)
+    assert target["labels"].tolist() == [1, 2]
+    for channel, ((x1, y1, x2, y2), mask) in enumerate(
+        zip(target["boxes"].int().tolist(), target["masks"], strict=True)
+    ):
+        assert (image[channel, y1:y2, x1:x2] > 0.8).all()
+        assert mask[y1:y2, x1:x2].all() and mask.sum() == 900
+
+
+def test_mirror_moves_boxes_and_masks_with_the_image(data):
+    dataset = coco_boxes(data / "train", data / "train.json", with_masks=True, train=True)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(12):
+        image, target = dataset[1]
+        (x1, y1, x2, y2), mask = target["boxes"][0].int().tolist(), target["masks"][0]
+        assert (image[0, y1:y2, x1:x2] > 0.8).all() and mask[y1:y2, x1:x2].all()
+        seen.add(x1)
+    assert len(seen) == 2
+
+
+@pytest.fixture
+def odd(data, tmp_path):
+    """A json whose first image has a crowd, the second a box without width, the third no object."""
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    content["annotations"][2]["bbox"][2] = 0
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 2]
+    for entry in content["annotations"][4:]:
+        del entry["iscrowd"], entry["area"]
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_crowds_and_empty_images_are_for_validation_only(data, odd):
+    train, val = (coco_boxes(data / "train", odd, with_masks=True, train=train) for train in (True, False))
+    assert [target["labels"].tolist() for _, target in map(train.__getitem__, range(3))] == [[2], [2], [1, 2]]
+    assert [target["labels"].tolist() for _, target in map(val.__getitem__, range(4))] == [[1, 2], [2], [], [1, 2]]
+    assert (len(train), len(val)) == (3, 4)
+    assert val[0][1]["iscrowd"].tolist() == [1, 0]
+
+
+def test_targets_are_plain_tensors_with_and_without_objects(data, odd):
+    dataset = coco_boxes(data / "train", odd, with_masks=True, train=False)
+    for index, count in ((2, 0), (3, 2)):
+        image, target = dataset[index]
+        assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
+        assert {name: tuple(value.shape) for name, value in target.items()} == {
+            "boxes": (count, 4),
+            "labels": (count,),
+            "iscrowd": (count,),
+            "area": (count,),
+            "masks": (count, *image.shape[1:]),
+        }
+        assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
+    # what the json does not say: no crowds, and the area of the box
+    assert (target["iscrowd"].tolist(), target["area"].tolist()) == ([0, 0], [900, 900])
+
+
+def test_loader_processes_that_do_not_share_memory_read_the_same(data):
+    dataset = coco_boxes(data / "train", data / "train.json", with_masks=False, train=False)
+    loader = DataLoader(dataset, 4, num_workers=1, multiprocessing_context="spawn", collate_fn=collate)
+    ((images, targets),) = loader
+    for number in range(4):
+        image, target = dataset[number]
+        assert images[number].equal(image) and targets[number]["boxes"].equal(target["boxes"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(None, "can't read .*No such file"), ("[]", "is no COCO file of boxes: .*list")]
+)
+def test_file_that_is_none_is_named(content, expected, data, tmp_path):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=expected) as error:
+        coco_boxes(data / "train", path, with_masks=False, train=True)
+    assert str(path) in str(error.value)
