@@ -20,7 +20,6 @@ from benchmarking.models import (
     Pair,
     expand_fdconv_names,
     layer_pair,
-    load_reference,
     model_pair,
     small_net_pair,
 )
@@ -101,8 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_args(args)
         plan = make_plan(args)
-        if args.reference:
-            load_reference()
     except ValueError as error:
         raise fail("benchmark.py", error) from error
 

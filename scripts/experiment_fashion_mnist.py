@@ -21,7 +21,7 @@ from experiments.runs import create_parser, experiment
 from experiments.train import ImageTensors, read_recipe, recipe_settings
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
-from fdconv_zoo.layers.fdw import column_scale
+from fdconv_zoo.layers.fourier import column_scale
 
 NUM_BANDS = 16
 CHANNELS = (20, 40)

@@ -81,7 +81,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--reference",
         action="store_true",
-        help="time tests/reference.py too, the paper's equations as literally written (not the authors' code), and "
+        help="time layers/ops/literal.py too, the paper's equations as literally written (not the authors' code), and "
         "its difference from the model's output; CPU, eager, eval only: it is slow, minutes at the first pass, and "
         "its training step would keep every group of every weight",
     )

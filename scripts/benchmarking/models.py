@@ -1,12 +1,9 @@
 """What is compared: FDConv models beside their static twins, and the paper's equations as literally written."""
 
 import copy
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import timm
@@ -18,8 +15,8 @@ from common.gates import move_gates
 from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.layers.ops import literal
 
-REFERENCE = Path(__file__).parents[2] / "tests" / "reference.py"
 BRANCH_SCALE = 0.2
 
 
@@ -113,31 +110,15 @@ def small_net_pair(seed: int) -> Pair:
     return Pair("small net, FDConv", "small net", move_gates(fdconv, seed), net, (1, 28, 28))
 
 
-@lru_cache
-def load_reference() -> ModuleType:
-    """Import the literal formulation that the layers are tested against.
-
-    Raises:
-        ValueError: It is not beside the scripts.
-    """
-    if not REFERENCE.exists():
-        raise ValueError("--reference needs tests/reference.py: run benchmark.py from a clone of the repository")
-    spec = importlib.util.spec_from_file_location("reference", REFERENCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _literal_forward(layer: FDConv2d | FDLinear, x: Tensor) -> Tensor:
-    reference = load_reference()
     state = dict(layer.named_parameters()) | dict(layer.named_buffers())
     arguments = {"num_bands": layer.fdw.num_bands, "ksm": layer.ksm.modulate_weight, "training": layer.training}
     if isinstance(layer, FDLinear):
-        return reference.fdlinear(state, x, layer.static_shape[:2], **arguments)
+        return literal.fdlinear(state, x, layer.static_shape[:2], **arguments)
     arguments |= {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
     if layer.fbm is not None:
         arguments["cutoffs"] = tuple(numerator / denominator for numerator, denominator in layer.fbm.cutoffs)
-    return reference.fdconv2d(state, x, layer.static_shape, **arguments)
+    return literal.fdconv2d(state, x, layer.static_shape, **arguments)
 
 
 def literal_model(model: nn.Module) -> nn.Module:
@@ -149,9 +130,9 @@ def literal_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: A layer has the masks and the order of the official code (`mask_grid`), which the equations lack.
     """
-    literal = copy.deepcopy(model)
-    for name, layer in named_fd_layers(literal):
+    written_out = copy.deepcopy(model)
+    for name, layer in named_fd_layers(written_out):
         if layer.fdw.official_order:
             raise ValueError(f"--reference has no mask_grid, which {name or 'the layer'} has")
         layer.forward = partial(_literal_forward, layer)
-    return literal
+    return written_out

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +9,6 @@ from torch import Tensor, nn
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers import FDW
-from fdconv_zoo.layers.band_filters import low_passes
-from fdconv_zoo.layers.fbm import FBM
-from fdconv_zoo.layers.ksm import local_logits
 
 Layer = FDConv2d | FDLinear
 GATES = ("group gains", "input channels", "filters", "kernel positions", "weight elements", "FBM maps")
@@ -35,21 +31,6 @@ def find_layer(layers: Mapping[str, Layer], name: str | None) -> str:
     return name
 
 
-def fbm_maps(fbm: FBM, x: Tensor) -> Tensor:
-    """Modulation maps A_i (B, bands - 1, H, W) of a feature map (B, C, H, W), highest band first (Eq. 10)."""
-    return 2 * torch.sigmoid(F.conv2d(x, fbm.weight.to(x.dtype), fbm.bias.to(x.dtype), padding=1))
-
-
-def fbm_bands(fbm: FBM, x: Tensor) -> Tensor:
-    """Frequency bands of a feature map, highest first; their sum is the map (Sec. 3.3).
-
-    Returns:
-        Tensor (bands, B, C, H, W).
-    """
-    edges = [x, *low_passes(x, fbm.cutoffs, fbm.mask_grid), torch.zeros_like(x)]
-    return torch.stack([above - below for above, below in pairwise(edges)])
-
-
 def gates_of(layer: Layer, x: Tensor) -> dict[str, Tensor]:
     """Compute all gates that a layer makes from its input.
 
@@ -64,17 +45,16 @@ def gates_of(layer: Layer, x: Tensor) -> dict[str, Tensor]:
     """
     x = x.float()
     pooled = x.mean((2, 3)) if isinstance(layer, FDConv2d) else x.flatten(1, -2).mean(1)
-    gates, local_input = layer.ksm(pooled)
-    # the layers without positions have one gate less
-    found = dict(zip(GATES, gates, strict=False))
-    if "kernel positions" in found:
-        found["kernel positions"] = found["kernel positions"].unflatten(1, layer.kernel_shape)
-    if local_input is not None:
-        logits = local_logits(local_input, layer.ksm.local_conv.weight, layer.kernel_shape[1])
-        found["weight elements"] = 2 * torch.sigmoid(logits)
-    if layer.fbm is not None:
-        found["FBM maps"] = fbm_maps(layer.fbm, x)
-    return {kind: gate.float().cpu() for kind, gate in found.items()}
+    gates = layer.ksm(pooled)
+    made = (
+        gates.bands,
+        gates.channels,
+        gates.filters,
+        None if gates.positions is None else gates.positions.unflatten(1, layer.kernel_shape),
+        layer.ksm.dense_gate(gates),
+        None if layer.fbm is None else layer.fbm.gates(x),
+    )
+    return {kind: gate.float().cpu() for kind, gate in zip(GATES, made, strict=True) if gate is not None}
 
 
 class LayerInputs:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fdconv_zoo.layers.fbm import FBM
-from pictures.layer import GATES, fbm_bands, fbm_maps, feature_spectrum
+from pictures.layer import GATES, feature_spectrum
 
 GATE_COLORS = "RdBu_r"  # blue below 1, white at 1, red above
 SMALLEST_RANGE = 0.01  # of a gate around 1, for gates that all but rest there
@@ -165,8 +165,8 @@ def draw_bands(photo: Tensor, fbm: FBM, x: Tensor) -> Figure:
         fbm: FBM of the layer.
         x: The layer's input (C, H, W).
     """
-    bands = rms(fbm_bands(fbm, x[None])[:, 0])
-    maps = fbm_maps(fbm, x[None])[0]
+    bands = rms(fbm.bands(x[None])[:, 0])
+    maps = fbm.gates(x[None])[0]
     empty = bands.amax((1, 2)) < EMPTY_BAND * rms(x).max()
     names = band_names(fbm)
     figure = Figure(figsize=(3.1 * (len(names) + 1), 5.6))

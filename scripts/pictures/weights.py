@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from fdconv_zoo.layers.fdw import weight_to_matrix
+from fdconv_zoo.layers.fourier import weight_to_matrix
 from pictures.layer import (
     Layer,
     cosine_similarity,

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
 from common.demo_data import DEMO_DEFAULTS, STATIC, PhotoReader, create_demo_model, create_photo_dataset
-from fdconv_zoo.layers import low_pass
-from fdconv_zoo.layers.fdw import FDW, matrix_to_weight, weight_to_matrix
+from fdconv_zoo.layers import FDW, low_pass
+from fdconv_zoo.layers.fourier import matrix_to_weight, weight_to_matrix
 
 CUTOFFS = (1 / 4, 1 / 8, 1 / 16)
 BAND_GAINS = (4, 3, 2)  # the finer the band, the fainter

@@ -11,7 +11,7 @@ import pytest
 import torch
 from benchmark_pairs import tiny_pair
 
-from benchmarking import models, timing
+from benchmarking import timing
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 MODEL = "mobilenetv2_100_fdconv"
@@ -188,12 +188,6 @@ def test_numbers_must_be_positive(benchmark, option, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--model", MODEL, option, "0"])
     assert f"argument {option}: invalid positive whole number value: '0'" in capsys.readouterr().err
-
-
-def test_reference_needs_the_repository(benchmark, monkeypatch, tmp_path, capsys):
-    models.load_reference.cache_clear()
-    monkeypatch.setattr(models, "REFERENCE", tmp_path / "reference.py")
-    assert "clone of the repository" in error_of(benchmark.main, capsys, "--model", MODEL, "--reference")
 
 
 def test_help_teaches():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers.fdw import matrix_to_weight
+from fdconv_zoo.layers.fourier import matrix_to_weight
 from pictures import layer as layer_module
 from tests.compare import randomise
 
@@ -17,7 +17,7 @@ def test_gates_and_bands_are_those_of_the_layer():
     x = torch.randn(1, 20, 14, 11)
     with torch.inference_mode():
         gates = layer_module.gates_of(layer, x)
-        bands = layer_module.fbm_bands(layer.fbm, x)
+        bands = layer.fbm.bands(x)
         torch.testing.assert_close(bands.sum(0), x, rtol=0, atol=1e-5)
         maps = torch.cat([gates["FBM maps"][0], torch.ones(1, 14, 11)])
         groups, matrices = layer_module.group_matrices(layer)
