@@ -109,8 +109,9 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
     data_config = resolve_data_config(vars(args), model=model)
     data_config["input_size"] = (args.in_chans, *data_config["input_size"][1:])
     train_set, val_set = create_datasets(args, model.num_classes, data_config["input_size"])
-    train_loader = TrainLoader(train_set, args, data_config, device, rank, world_size)
-    val_loader = create_validation_loader(val_set, args, data_config, device, rank, world_size)
+    place = {"device": device, "rank": rank, "world_size": world_size}
+    train_loader = TrainLoader(train_set, args, data_config, **place)
+    val_loader = create_validation_loader(val_set, args, data_config, **place)
     run = Run(
         args=args,
         task=task,
@@ -135,7 +136,9 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         args.output.mkdir(parents=True, exist_ok=True)
         save_args(args, args.output / "args.yaml")
         done, total = run.progress, args.steps or run.epochs * run.updates_per_epoch
-        run.log = RunLog(args.output, total, done.epoch, done.updates, args.tensorboard)
+        run.log = RunLog(
+            args.output, total_updates=total, epoch=done.epoch, update=done.updates, tensorboard=args.tensorboard
+        )
         _logger.info(
             f"{args.model}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M parameters, "
             f"{model.num_classes} classes, images {data_config['input_size']}; {world_size} x {device.type}, "

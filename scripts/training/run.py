@@ -133,7 +133,14 @@ class Run(Trainer):
         if self.log is not None:
             # Groups differ by lr_scale: the unscaled rate is the largest.
             lr = max(group["lr"] for group in self.optimizer.param_groups)
-            self.log.train(self.progress.epoch, share, self.progress.updates, loss, lr, self.images_per_update)
+            self.log.train(
+                epoch=self.progress.epoch,
+                share=share,
+                update=self.progress.updates,
+                loss=loss,
+                lr=lr,
+                images_per_update=self.images_per_update,
+            )
 
     def _leave_if_asked(self) -> None:
         signum = self.stop.any_process()
@@ -161,7 +168,7 @@ class Run(Trainer):
                 copy_weights(self.args.output / last, self.args.output / BEST_FILE)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
-            self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
+            self.log.epoch(progress.epoch, update=progress.updates, train=train, val=metrics, lr=lr)
 
     def _report_corrupt_images(self) -> None:
         reports = gather(self.train_loader.corrupt_images())
