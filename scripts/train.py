@@ -20,14 +20,16 @@ from torch import nn
 import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 from common.checkpoint import STATE_FILE, CheckpointError, load_state
 from common.command_line import fail
+from common.loop import DivergedError
 from common.models import load_checkpoint, read_checkpoint
-from common.optim import classifier_names, create_optimizer, create_schedule
+from common.optim import classifier_names
 from common.recipes import save_args
 from common.signals import StoppedError, StopSignals
+from common.training_recipe import Recipe
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from training.log import RunLog
-from training.loop import DivergedError, Trainer
+from training.run import Run
 
 _logger = logging.getLogger("train")
 
@@ -87,9 +89,7 @@ def create_task(args: argparse.Namespace, device: torch.device, resumed: bool) -
     return task
 
 
-def create_trainer(
-    args: argparse.Namespace, device: torch.device, rank: int, world_size: int, stop: StopSignals
-) -> Trainer:
+def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_size: int, stop: StopSignals) -> Run:
     """Everything a run needs, resumed if asked for.
 
     Raises:
@@ -109,45 +109,44 @@ def create_trainer(
     data_config = resolve_data_config(vars(args), model=model)
     data_config["input_size"] = (args.in_chans, *data_config["input_size"][1:])
     train_set, val_set = create_datasets(args, model.num_classes, data_config["input_size"])
-    train_loader = TrainLoader(train_set, args, data_config, device, rank, world_size)
-    val_loader = create_validation_loader(val_set, args, data_config, device, rank, world_size)
-    optimizer = create_optimizer(model, args, args.batch_size * args.grad_accum_steps * world_size)
-    updates = -(-len(train_loader) // args.grad_accum_steps)
-    scheduler, epochs = create_schedule(optimizer, args, updates)
-    trainer = Trainer(
+    place = {"device": device, "rank": rank, "world_size": world_size}
+    train_loader = TrainLoader(train_set, args, data_config, **place)
+    val_loader = create_validation_loader(val_set, args, data_config, **place)
+    run = Run(
         args=args,
         task=task,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16"),
+        recipe=Recipe.of(args),
+        epoch_batches=len(train_loader),
+        world_size=world_size,
+        grad_accum_steps=args.grad_accum_steps,
+        steps=args.steps,
         autocast=torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp),
-        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16"),
         train_loader=train_loader,
         val_loader=val_loader,
         augment=BatchAugmentation(args, model.num_classes, device),
-        device=device,
-        epochs=epochs,
         rank=rank,
-        world_size=world_size,
         stop=stop,
     )
     if state is not None:
-        trainer.load(state)
+        run.load(state)
     if world_size > 1:
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
     if rank == 0:
         args.output.mkdir(parents=True, exist_ok=True)
         save_args(args, args.output / "args.yaml")
-        done, total = trainer.progress, args.steps or epochs * updates
-        trainer.log = RunLog(args.output, total, done.epoch, done.updates, args.tensorboard)
+        done, total = run.progress, args.steps or run.epochs * run.updates_per_epoch
+        run.log = RunLog(
+            args.output, total_updates=total, epoch=done.epoch, update=done.updates, tensorboard=args.tensorboard
+        )
         _logger.info(
             f"{args.model}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M parameters, "
             f"{model.num_classes} classes, images {data_config['input_size']}; {world_size} x {device.type}, "
-            f"{args.batch_size * args.grad_accum_steps * world_size} images an update, {updates} updates an epoch"
+            f"{run.images_per_update} images an update, {run.updates_per_epoch} updates an epoch"
         )
         if state is not None:
             _logger.info(f"resumed {state_path} in epoch {done.epoch} after update {done.updates}")
-    return trainer
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,12 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with StopSignals() as stop:
             try:
-                trainer = create_trainer(args, torch.device(env["device"]), rank, env["world_size"], stop)
+                run = create_run(args, torch.device(env["device"]), rank, env["world_size"], stop)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
                 raise fail("train.py", error) from error
-            trainer.fit()
+            run.fit()
         if rank == 0:
-            best = trainer.progress
+            best = run.progress
             _logger.info(f"done: best {args.eval_metric} {best.best_metric} in epoch {best.best_epoch}, {args.output}")
     except (CheckpointError, DivergedError) as error:
         raise fail("train.py", error) from error

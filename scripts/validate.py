@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import timm
 import torch
 from timm.data import ImageNetInfo, create_dataset, create_loader, infer_imagenet_subset, resolve_data_config
 from timm.utils import AverageMeter, accuracy
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from common.command_line import fail
 from common.demo_data import create_demo_model, create_photo_dataset
-from common.models import add_static_twins, build_model, expand_names, read_checkpoint
+from common.models import add_static_twins, build_model, describe_misfits, expand_names, read_checkpoint
 from common.record import write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 from validation.args import check_args, parse_args
@@ -111,8 +112,18 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
 def prepare(
     name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Return a model on its device, the loader with its preprocessing, and what is known of both beforehand."""
-    model = (create_demo_model(name) if args.demo else build_model(name, args, checkpoint)).eval()
+    """Return a model on its device, the loader with its preprocessing, and what is known of both beforehand.
+
+    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not.
+    """
+    if args.demo:
+        model = create_demo_model(name)
+    else:
+        kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
+        if checkpoint and name not in args.model and describe_misfits(checkpoint, timm.create_model(name, **kwargs)):
+            checkpoint = None
+        model = build_model(name, checkpoint=checkpoint, **kwargs)
+    model.eval()
     dataset = build_dataset(args, model)
     config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     facts = {"parameters": count_parameters(model), "gmacs": count_macs(model, config["input_size"]) / 1e9, **config}

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
-import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -55,13 +54,13 @@ def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
     if len(names) > 1:
         raise ValueError(f"--model takes one model, got {', '.join(names)}")
     checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
+    kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
     if not args.convert:
-        return names[0], build_model(names[0], argparse.Namespace(**vars(args) | {"model": names}), checkpoint)
-    if checkpoint is None:
-        return f"{names[0]}, converted", convert_to_fdconv(build_model(names[0], args, None))
-    classes = {"num_classes": args.num_classes} if args.num_classes else {}
-    model = convert_to_fdconv(timm.create_model(names[0], **args.model_kwargs, **classes))
-    load_checkpoint(model, checkpoint)
+        return names[0], build_model(names[0], checkpoint=checkpoint, **kwargs)
+    # a checkpoint may be of the converted model
+    model = convert_to_fdconv(build_model(names[0], pretrained=checkpoint is None, **kwargs))
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
     return f"{names[0]}, converted", model
 
 

@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -67,6 +68,8 @@ def add_static_twins(names: Sequence[str]) -> list[str]:
 def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
     """Return the weights in a file, out of the wrappings of timm's checkpoints, DDP and torch.compile.
 
+    timm's own `load_state_dict` would take the trained weights without a word where the averaged ones are missing.
+
     Args:
         path: A .safetensors file, or one that `torch.load` reads with `weights_only`.
         use_ema: Take the averaged weights that timm's trainer keeps beside the trained ones.
@@ -125,23 +128,27 @@ def load_checkpoint(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     model.load_state_dict(state_dict, strict=False)
 
 
-def build_model(name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None) -> nn.Module:
-    """Create a model with the checkpoint's weights, or pretrained ones.
+def build_model(
+    name: str, *, checkpoint: dict[str, Tensor] | None = None, pretrained: bool = True, **kwargs: Any
+) -> nn.Module:
+    """Create a model with a checkpoint's weights, or pretrained ones.
 
-    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not.
+    Args:
+        name: timm's, of an FDConv or a static model.
+        checkpoint: Weights instead of pretrained ones.
+        pretrained: False for weights as they are initialised, if there is no checkpoint.
+        kwargs: Of the model; None stands for its own.
 
     Raises:
-        ValueError: The checkpoint does not fit the model it is for.
+        ValueError: The checkpoint does not fit.
         RuntimeError: There are no pretrained weights to be had; says where to take them from.
     """
-    kwargs = args.model_kwargs | ({"num_classes": args.num_classes} if args.num_classes else {})
     if checkpoint is not None:
         model = timm.create_model(name, **kwargs)
-        if name in args.model or not describe_misfits(checkpoint, model):
-            load_checkpoint(model, checkpoint)
-            return model
+        load_checkpoint(model, checkpoint)
+        return model
     try:
-        return timm.create_model(name, pretrained=True, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
         raise RuntimeError(
             f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: --checkpoint FILE, a mirror "

@@ -1,6 +1,5 @@
 """Learning rate, parameter groups, optimiser and schedule."""
 
-import argparse
 from typing import Any
 
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -8,6 +7,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
+
+from common.training_recipe import Recipe
 
 MODULATION = (".ksm.", ".fbm.")
 
@@ -72,38 +73,38 @@ def parameter_groups(
     return split
 
 
-def create_optimizer(model: nn.Module, args: argparse.Namespace, global_batch: int) -> Optimizer:
+def create_optimizer(model: nn.Module, recipe: Recipe, global_batch: int) -> Optimizer:
     """timm's optimiser for the model.
 
     Args:
         model: Model, not wrapped.
-        args: Arguments of train.py.
+        recipe: Optimiser and rate.
         global_batch: Images an update, over all processes and accumulated passes.
     """
-    lr = args.lr
+    lr = recipe.lr
     if lr is None:
-        lr = scaled_learning_rate(args.lr_base, args.lr_base_size, global_batch, args.lr_base_scale)
+        lr = scaled_learning_rate(recipe.lr_base, recipe.lr_base_size, global_batch, recipe.lr_base_scale)
     groups = parameter_groups(
-        model, weight_decay=args.weight_decay, layer_decay=args.layer_decay, static_lr_scale=args.static_lr_scale
+        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay, static_lr_scale=recipe.static_lr_scale
     )
-    options = {"eps": args.opt_eps, "betas": args.opt_betas, **args.opt_kwargs}
+    options = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_kwargs}
     given = {name: value for name, value in options.items() if value is not None}
-    return create_optimizer_v2(groups, args.opt, lr, momentum=args.momentum, **given)
+    return create_optimizer_v2(groups, recipe.opt, lr, momentum=recipe.momentum, **given)
 
 
-def create_schedule(optimizer: Optimizer, args: argparse.Namespace, updates_per_epoch: int) -> tuple[Scheduler, int]:
+def create_schedule(optimizer: Optimizer, recipe: Recipe, updates_per_epoch: int) -> tuple[Scheduler, int]:
     """timm's schedule, stepped each update, and the epochs of a whole run with it."""
     return create_scheduler_v2(
         optimizer,
-        args.sched,
-        num_epochs=args.epochs,
-        decay_epochs=args.decay_epochs,
-        decay_milestones=args.decay_milestones,
-        cooldown_epochs=args.cooldown_epochs,
-        decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
+        recipe.sched,
+        num_epochs=recipe.epochs,
+        decay_epochs=recipe.decay_epochs,
+        decay_milestones=recipe.decay_milestones,
+        cooldown_epochs=recipe.cooldown_epochs,
+        decay_rate=recipe.decay_rate,
+        min_lr=recipe.min_lr,
+        warmup_lr=recipe.warmup_lr,
+        warmup_epochs=recipe.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )

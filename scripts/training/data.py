@@ -20,7 +20,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.datasets import FakeData
 
-from common.sampler import ResumableSampler, SeededDataset
+from common.sampler import SeededDataset
+from training.sampler import ResumableSampler
 
 IMAGENET_IMAGES = 1_281_167
 STREAM_LOGGER = "timm.data.readers.reader_wds"

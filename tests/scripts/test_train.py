@@ -67,13 +67,13 @@ KILL_BETWEEN_WRITES = """
 import os, signal, sys
 sys.path.insert(0, {scripts!r})
 import train
-from training import loop
-save_weights = loop.save_weights
+from training import run
+save_weights = run.save_weights
 def killed_on_second_save(weights, path, metadata):
     if metadata["update"] == "6":
         os.kill(os.getpid(), signal.SIGKILL)
     save_weights(weights, path, metadata)
-loop.save_weights = killed_on_second_save
+run.save_weights = killed_on_second_save
 train.main(sys.argv[1:])
 """
 

@@ -5,6 +5,7 @@ import timm
 
 import fdconv_zoo  # noqa: F401  (registers the models)
 from common.optim import create_optimizer, create_schedule, parameter_groups, scaled_learning_rate
+from common.training_recipe import Recipe
 from training.args import parse_args
 
 
@@ -21,9 +22,9 @@ def model():
 def rates(model, *options):
     """Learning rate and decay that each parameter gets at rate 1, by name."""
     given = ["--synthetic", "--opt", "adamw", "--weight-decay", "0.05", "--lr", "1", "--warmup-epochs", "0", *options]
-    args = parse_args(given)
-    optimizer = create_optimizer(model, args, global_batch=128)
-    create_schedule(optimizer, args, updates_per_epoch=1)
+    recipe = Recipe.of(parse_args(given))
+    optimizer = create_optimizer(model, recipe, global_batch=128)
+    create_schedule(optimizer, recipe, updates_per_epoch=1)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert len(found) == len(list(model.parameters()))
     return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
@@ -61,8 +62,9 @@ def test_schedule_runs_over_updates_and_ends_with_its_cooldown(model):
     args = parse_args(
         ["--synthetic", "--lr-base", "0.1", "--epochs", "4", "--warmup-epochs", "1", "--cooldown-epochs", "1"]
     )
-    optimizer = create_optimizer(model, args, global_batch=512)
-    scheduler, epochs = create_schedule(optimizer, args, updates_per_epoch=10)
+    recipe = Recipe.of(args)
+    optimizer = create_optimizer(model, recipe, global_batch=512)
+    scheduler, epochs = create_schedule(optimizer, recipe, updates_per_epoch=10)
     assert epochs == 5
     followed = []
     for update in (0, 5, 10, 40):

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets import FakeData
 from train_runs import photo_folder, photos
 
-from common.sampler import ResumableSampler, SampleKey, SeededDataset, seeded
+from common.sampler import SampleKey, SeededDataset, seeded
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
+from training.sampler import ResumableSampler
 
 CPU = torch.device("cpu")
 

@@ -1,18 +1,14 @@
-"""The training loop: updates, validation, checkpoints, and an orderly end."""
+"""A run of train.py: the training loop with validation, checkpoints, a log, and an orderly end."""
 
 import argparse
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.scheduler.scheduler import Scheduler
-from timm.task import ClassificationTask
-from timm.utils import dispatch_clip_grad
 
 from common.checkpoint import (
     BEST_FILE,
@@ -23,6 +19,7 @@ from common.checkpoint import (
     save_weights,
     set_random_state,
 )
+from common.loop import DivergedError, Progress, Trainer
 from common.signals import StoppedError, StopSignals
 from training.args import recorded_args
 from training.data import BatchAugmentation, TrainLoader
@@ -32,75 +29,48 @@ from training.validate import evaluate
 _logger = logging.getLogger("train")
 
 
-class DivergedError(RuntimeError):
-    """The loss or a weight is no longer finite."""
-
-
 @dataclass
-class Progress:
+class RunProgress(Progress):
     """Where a run is; part of every checkpoint.
 
     Attributes:
-        epoch: Current epoch.
-        epoch_updates: Updates done in it.
-        updates: Updates done in the run.
         loss_sum: Sum of the epoch's losses so far, one each update.
         best_metric: Best validation metric, ``None`` before the first validation.
         best_epoch: Its epoch.
     """
 
-    epoch: int = 0
-    epoch_updates: int = 0
-    updates: int = 0
     loss_sum: float = 0.0
     best_metric: float | None = None
     best_epoch: int | None = None
 
 
-@dataclass
-class Trainer:
+@dataclass(kw_only=True)
+class Run(Trainer):
     """Trains a task, validates after each epoch and saves all it needs to go on.
 
     Attributes:
         args: Arguments of train.py.
-        task: timm's classification task, on its device and prepared for distribution.
-        optimizer: Optimiser of the task's model.
-        scheduler: timm's schedule, stepped each update.
-        scaler: Gradient scaler, disabled but for float16.
-        autocast: Mixed precision of the forward pass, or disabled.
-        memory_format: Layout of the images.
         train_loader: Training batches.
         val_loader: Validation batches.
         augment: Augmentation of training batches.
         log: Log of the run, in its first process.
-        device: Device of this process.
-        epochs: Epochs of the whole schedule.
         rank: Rank of this process.
-        world_size: Number of processes.
         stop: Stop signals of this process.
         progress: Where the run is.
     """
 
     args: argparse.Namespace
-    task: ClassificationTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
-    memory_format: torch.memory_format
     train_loader: TrainLoader
     val_loader: Any
     augment: BatchAugmentation
-    device: torch.device
-    epochs: int
     rank: int
-    world_size: int
     stop: StopSignals
     log: RunLog | None = None
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
 
     def __post_init__(self) -> None:
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        super().__post_init__()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.task.device)
 
     def fit(self) -> None:
         """Train to the end of the schedule, or for ``--steps`` updates.
@@ -110,63 +80,34 @@ class Trainer:
             StoppedError: A stop signal came. The checkpoint is from now.
             CheckpointError: A checkpoint can't be written. The one before is intact.
         """
-        while not self._finished():
-            self._train_epoch()
+        while not self.finished:
+            batches = self._batches()
+            if self.log is not None:
+                self.log.start_epoch(self.progress.updates)
+            for loss in self.train_epoch(batches):
+                self._loss_sum += loss
+                self._follow_update()
             self._save()
             self._validate()
-            if self.progress.epoch_updates * self.args.grad_accum_steps >= len(self.train_loader):
-                self.progress.epoch += 1
-                self.progress.epoch_updates = 0
+            if self.next_epoch():
                 self._loss_sum.zero_()
                 self._save()
             self._leave_if_asked()
 
-    def _finished(self) -> bool:
-        steps = self.args.steps
-        return self.progress.epoch >= self.epochs or (steps is not None and self.progress.updates >= steps)
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What is left of the epoch's batches, augmented when they are used."""
+        epoch = self.progress.epoch
+        batches = self.train_loader.batches(epoch, self.progress.epoch_updates * self.grad_accum_steps)
+        return (self.augment(*batch, epoch) for batch in batches)
 
-    def _train_epoch(self) -> None:
-        """Train what is left of the epoch, or of ``--steps``."""
-        args, progress, total = self.args, self.progress, len(self.train_loader)
-        first = progress.epoch_updates * args.grad_accum_steps
-        batches = self.train_loader.batches(progress.epoch, first)
-        self.task.train()
-        if self.log is not None:
-            self.log.start_epoch(progress.updates)
-        for batch in range(first, total, args.grad_accum_steps):
-            if self._finished():
-                return
-            self._loss_sum += self._update(batches, min(args.grad_accum_steps, total - batch))
-            progress.epoch_updates += 1
-            progress.updates += 1
-            self.task.update_ema(step=progress.updates)
-            self.scheduler.step_update(progress.updates)
-            if progress.updates % args.log_interval == 0 or batch + args.grad_accum_steps >= total:
-                self._report(min(1.0, (batch + args.grad_accum_steps) / total))
-            if args.save_every_steps and progress.updates % args.save_every_steps == 0:
-                self._save()
-            self._leave_if_asked()
-
-    def _update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], passes: int) -> torch.Tensor:
-        """One optimiser update from the next ``passes`` batches; returns their mean loss."""
-        args = self.args
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        for i in range(passes):
-            images, labels = self.augment(*next(batches), self.progress.epoch)
-            images = images.contiguous(memory_format=self.memory_format)
-            with self.task.no_sync() if i + 1 < passes else nullcontext():
-                with self.autocast:
-                    loss = self.task(images, labels)["loss"] / passes
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        if args.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            parameters = self.task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
-            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return total
+    def _follow_update(self) -> None:
+        """Report, save and leave where it is time to."""
+        args, progress = self.args, self.progress
+        if progress.updates % args.log_interval == 0 or progress.epoch_updates == self.updates_per_epoch:
+            self._report(min(1.0, progress.epoch_updates * self.grad_accum_steps / self.epoch_batches))
+        if args.save_every_steps and progress.updates % args.save_every_steps == 0:
+            self._save()
+        self._leave_if_asked()
 
     def _mean_loss(self) -> float:
         """Mean loss of the epoch so far over all processes.
@@ -190,10 +131,16 @@ class Trainer:
     def _report(self, share: float) -> None:
         loss = self._mean_loss()
         if self.log is not None:
-            images = self.args.batch_size * self.args.grad_accum_steps * self.world_size
             # Groups differ by lr_scale: the unscaled rate is the largest.
             lr = max(group["lr"] for group in self.optimizer.param_groups)
-            self.log.train(self.progress.epoch, share, self.progress.updates, loss, lr, images)
+            self.log.train(
+                epoch=self.progress.epoch,
+                share=share,
+                update=self.progress.updates,
+                loss=loss,
+                lr=lr,
+                images_per_update=self.images_per_update,
+            )
 
     def _leave_if_asked(self) -> None:
         signum = self.stop.any_process()
@@ -203,10 +150,10 @@ class Trainer:
 
     def _validate(self) -> None:
         """Evaluate the weights and their average, note the best, and report the epoch."""
-        metrics = evaluate(self.task, self.val_loader, self.autocast, self.memory_format)
+        metrics = evaluate(self, self.val_loader)
         watched = metrics[self.args.eval_metric]
         if self.task.has_ema():
-            averaged = evaluate(self.task, self.val_loader, self.autocast, self.memory_format, ema=True)
+            averaged = evaluate(self, self.val_loader, ema=True)
             watched = averaged[self.args.eval_metric]
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
         self._report_corrupt_images()
@@ -221,7 +168,7 @@ class Trainer:
                 copy_weights(self.args.output / last, self.args.output / BEST_FILE)
             lr = max(group["lr"] for group in self.optimizer.param_groups)
             train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
-            self.log.epoch(progress.epoch, progress.updates, train, metrics, lr)
+            self.log.epoch(progress.epoch, update=progress.updates, train=train, val=metrics, lr=lr)
 
     def _report_corrupt_images(self) -> None:
         reports = gather(self.train_loader.corrupt_images())
@@ -232,7 +179,7 @@ class Trainer:
     def _save(self) -> None:
         """Save the state and the weights, from all processes' random states, in the first process."""
         self._mean_loss()
-        random_states = gather(random_state(self.device))
+        random_states = gather(random_state(self.task.device))
         if self.rank != 0:
             return
         weights = {"last": self.task.get_checkpoint_state()["state_dict"]}
@@ -265,7 +212,7 @@ class Trainer:
             "aug_repeats": self.args.aug_repeats,
             "seed": self.args.seed,
             "processes": self.world_size,
-            "batches an epoch": len(self.train_loader),
+            "batches an epoch": self.epoch_batches,
             "workers of a stream": self.train_loader.stream_workers,
         }
 
@@ -299,12 +246,12 @@ class Trainer:
         groups = [{**saved, **current} for saved, current in groups]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = RunProgress(**state["progress"])
         if not (self.args.output / BEST_FILE).exists():  # resumed into another directory: the next best counts
             self.progress.best_metric = self.progress.best_epoch = None
         self._loss_sum.fill_(self.progress.loss_sum)
         self.scheduler.step_update(self.progress.updates)  # a function of the number of updates, without state
-        set_random_state(state["random"][self.rank], self.device)
+        set_random_state(state["random"][self.rank], self.task.device)
 
 
 def gather(value: Any) -> list[Any]:

@@ -1,0 +1,161 @@
+"""The training loop: updates of a model with timm's parts, epoch by epoch, and its evaluation.
+
+:func:`common.fit.fit` runs it over two data sets; train.py adds checkpoints, processes and a log to it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad, unwrap_model
+from torch import Tensor, nn
+
+from common.optim import create_optimizer, create_schedule
+from common.training_recipe import Recipe
+
+
+class DivergedError(RuntimeError):
+    """The loss or a weight is no longer finite."""
+
+
+class Metrics(Protocol):
+    """What a model is evaluated by: timm's evaluators and torchmetrics' collections are."""
+
+    def update(self, output: Tensor, labels: Tensor) -> Any:
+        """Take in the outputs for a batch."""
+
+    def compute(self) -> dict[str, Any]:
+        """Return a number for each name."""
+
+
+@dataclass
+class Progress:
+    """Where a training is.
+
+    Attributes:
+        epoch: Current epoch.
+        epoch_updates: Updates done in it.
+        updates: Updates done in all.
+    """
+
+    epoch: int = 0
+    epoch_updates: int = 0
+    updates: int = 0
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains a model update by update; what happens between updates and between epochs is the caller's.
+
+    Attributes:
+        task: timm's task, a model with its loss, on its device.
+        recipe: Optimiser, schedule and images a batch.
+        epoch_batches: Batches of this process in an epoch.
+        world_size: Number of processes.
+        grad_accum_steps: Batches an update.
+        steps: Updates after which to end, ``None`` for all epochs of the schedule.
+        autocast: Mixed precision of the forward pass.
+        scaler: Gradient scaler, for float16.
+        progress: Where the training is.
+        optimizer: Of the recipe.
+        scheduler: timm's schedule, a function of the number of updates.
+        epochs: Epochs of the whole schedule, its cool-down included.
+    """
+
+    task: TrainingTask
+    recipe: Recipe
+    epoch_batches: int
+    world_size: int = 1
+    grad_accum_steps: int = 1
+    steps: int | None = None
+    autocast: AbstractContextManager = field(default_factory=nullcontext)
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+    progress: Progress = field(default_factory=Progress)
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        model = unwrap_model(self.task.get_trainable_module())
+        self.optimizer = create_optimizer(model, self.recipe, self.images_per_update)
+        self.scheduler, self.epochs = create_schedule(self.optimizer, self.recipe, self.updates_per_epoch)
+
+    @property
+    def images_per_update(self) -> int:
+        """Images of an update, over all processes and accumulated passes."""
+        return self.recipe.batch_size * self.grad_accum_steps * self.world_size
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of a whole epoch; the last one may have fewer batches."""
+        return math.ceil(self.epoch_batches / self.grad_accum_steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs, or ``steps`` updates, are done."""
+        progress = self.progress
+        return progress.epoch >= self.epochs or (self.steps is not None and progress.updates >= self.steps)
+
+    def train_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """Train what is left of the epoch, or of ``steps``.
+
+        Args:
+            batches: Images (B, C, H, W) and labels of the epoch, without those that updates were made of already.
+
+        Yields:
+            The mean loss of each update, a scalar.
+        """
+        self.task.train()
+        progress, passes = self.progress, self.grad_accum_steps
+        for first in range(progress.epoch_updates * passes, self.epoch_batches, passes):
+            if self.finished:
+                return
+            loss = self._update(batches, min(passes, self.epoch_batches - first))
+            progress.epoch_updates += 1
+            progress.updates += 1
+            self.task.update_ema(step=progress.updates)
+            self.scheduler.step_update(progress.updates)
+            yield loss
+
+    def next_epoch(self) -> bool:
+        """Go on to the next epoch; tells whether the current one was at its end, and stays in it if not."""
+        if self.progress.epoch_updates < self.updates_per_epoch:
+            return False
+        self.progress.epoch += 1
+        self.progress.epoch_updates = 0
+        return True
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], metrics: Metrics) -> None:
+        """Put a model in eval mode, and let the metrics take in its outputs for all batches."""
+        model.eval()
+        for batch in batches:
+            images, labels = self._prepare(*batch)
+            with self.autocast:
+                output = model(images)
+            metrics.update(output, labels)
+
+    def _prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        return images.to(self.task.device).contiguous(memory_format=layout), labels.to(self.task.device)
+
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]], passes: int) -> Tensor:
+        """One optimiser update from the next ``passes`` batches; returns their mean loss."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.task.device)
+        for i in range(passes):
+            images, labels = self._prepare(*next(batches))
+            with self.task.no_sync() if i + 1 < passes else nullcontext():
+                with self.autocast:
+                    loss = self.task(images, labels)["loss"] / passes
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = self.task.get_clip_parameters(exclude_head=self.recipe.clip_mode == "agc")
+            dispatch_clip_grad(parameters, self.recipe.clip_grad, mode=self.recipe.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
