@@ -140,7 +140,8 @@ def architecture_rows(name: str, tags: Sequence[str]) -> tuple[list[str], list[l
     static, model = (timm.create_model(n, device="meta") for n in (static_name(name), name))
     reports = fdconv_zoo.summary(model)
     layers = f"{sum(report.replaced for report in reports)} of {len(reports)}"
-    reduction = inspect.signature(type(model)).parameters["reduction"].default
+    own = inspect.signature(fdconv_zoo.FDConv2d).parameters["reduction"].default
+    reduction = type(model).defaults.get("reduction", own)
     before, after = count_costs(static, set(variants)), count_costs(model, set(variants))
     added = after[variants[0]][0] - before[variants[0]][0]
     rows = []

@@ -49,7 +49,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_gr
     maps, cutoffs, is_small = exact(x), fractions(cutoffs), by_matrix(x, mask_grid)
     factors = band_factors(band_gates(maps, weight.to(maps.dtype), bias.to(maps.dtype)))
     if is_small:
-        modulated = torch.bmm(maps.flatten(2), band_matrix(factors, low_pass_matrices(maps, cutoffs))).view_as(maps)
+        # A view could not be changed in place by what follows, such as ReLU(inplace=True).
+        modulated = torch.empty_like(maps)
+        torch.bmm(maps.flatten(2), band_matrix(factors, low_pass_matrices(maps, cutoffs)), out=modulated.flatten(2))
     else:
         modulated = maps * factors.narrow(1, 0, 1)
         for i, low in enumerate(low_passes(maps, cutoffs, mask_grid), start=1):
