@@ -1,0 +1,111 @@
+"""What a layer refuses, and how it says so."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from fdconv_zoo import FDConv2d, FDLinear
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"groups": 2}, "groups=2, .*only groups=1"),
+        ({"num_bands": 0}, "num_bands=0, but a 96x72 weight matrix has 1 to 3552 bands"),
+        ({"num_bands": 3553}, "num_bands=3553, but"),
+        ({"cutoffs": (1 / 8, 1 / 4)}, r"cutoffs=\(0.125, 0.25\), but they must fall"),
+        ({"cutoffs": (0.7,)}, r"cutoffs=\(0.7,\), but they must fall"),
+        ({"mask_grid": 1}, "mask_grid=1, but it must be None or at least 2"),
+        ({"padding": "reflect"}, "padding='reflect', but it must be a number, a pair, 'same' or 'valid'"),
+        ({"padding": "same", "stride": 2}, "padding='same' needs stride 1, but stride=2"),
+    ],
+)
+def test_impossible_layers_are_named(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        FDConv2d(24, 32, 3, **keywords)
+
+
+@pytest.mark.parametrize("num_bands", [0, 417])
+def test_impossible_linear_layers_are_named(num_bands):
+    with pytest.raises(ValueError, match=f"num_bands={num_bands}, but a 32x24 weight matrix has 1 to 416 bands"):
+        FDLinear(24, 32, num_bands=num_bands)
+
+
+@pytest.mark.parametrize("shape", [(24, 8, 8), (2, 23, 8, 8), (2, 8, 8, 24), (2, 24, 8), (2, 24, 8, 8, 1)])
+def test_inputs_that_do_not_fit_a_conv_are_named(shape):
+    with pytest.raises(ValueError, match=r"\(B, 24, H, W\)") as error:
+        FDConv2d(24, 32, 3)(torch.zeros(shape))
+    assert str(list(shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(24,), (2, 23), (2, 24, 8)])
+def test_inputs_that_do_not_fit_a_linear_layer_are_named(shape):
+    with pytest.raises(ValueError, match=r"\(B, \.\.\., 24\)") as error:
+        FDLinear(24, 32)(torch.zeros(shape))
+    assert str(list(shape)) in str(error.value)
+
+
+def test_groups_and_other_paddings_of_a_static_layer_are_named():
+    with pytest.raises(ValueError, match="groups=4"):
+        FDConv2d.from_conv(nn.Conv2d(24, 32, 3, groups=4))
+    with pytest.raises(ValueError, match="padding_mode='reflect', but FDConv2d pads with zeros only"):
+        FDConv2d.from_conv(nn.Conv2d(24, 32, 3, padding=1, padding_mode="reflect"))
+
+
+def test_a_batch_of_one_in_training_is_an_error_for_layers_too():
+    for layer, x in ((FDConv2d(24, 32, 3), torch.randn(1, 24, 8, 8)), (FDLinear(24, 32), torch.randn(1, 9, 24))):
+        with pytest.raises(ValueError, match="BatchNorm can't train on a batch of 1"):
+            layer(x)
+        layer.eval()(x)
+
+
+def test_functions_named_in_the_batchnorm_error_exist():
+    with pytest.raises(ValueError, match="batch of 1") as error:
+        FDConv2d(20, 24, 3)(torch.zeros(1, 20, 5, 5))
+    module, name = re.search(r"(timm\.\w+)\.(freeze_batch_norm_2d)", str(error.value)).groups()
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_a_frozen_bias_stays_frozen():
+    conv, linear = nn.Conv2d(20, 24, 3), nn.Linear(20, 24)
+    conv.bias.requires_grad_(False)
+    linear.bias.requires_grad_(False)
+    assert not FDConv2d.from_conv(conv).bias.requires_grad
+    assert not FDLinear.from_linear(linear).bias.requires_grad
+    assert not FDConv2d.from_conv(conv).static_twin().bias.requires_grad
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 1), (1, 9)])
+def test_inputs_smaller_than_the_kernel_are_named(size):
+    with pytest.raises(ValueError, match=f"{size[0]}, {size[1]}"):
+        FDConv2d(20, 24, 3).eval()(torch.zeros(2, 20, *size))
+
+
+def test_integer_inputs_are_named():
+    for layer, x in ((FDConv2d(20, 24, 1), torch.zeros(2, 20, 5, 5)), (FDLinear(20, 24), torch.zeros(2, 20))):
+        with pytest.raises(ValueError, match="int64"):
+            layer.eval()(x.long())
+
+
+@pytest.mark.parametrize("size", [5, 25])
+def test_an_empty_batch(size):
+    assert FDConv2d(20, 24, 3).eval()(torch.zeros(0, 20, size, size)).shape == (0, 24, size - 2, size - 2)
+    assert FDLinear(20, 24).eval()(torch.zeros(0, size, 20)).shape == (0, size, 24)
+
+
+def test_autocast_leaves_float64_alone_as_it_does_for_conv2d():
+    conv, x = nn.Conv2d(20, 24, 3, dtype=torch.float64), torch.zeros(2, 20, 5, 5, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv(x).dtype == torch.float64
+        assert FDConv2d.from_conv(conv)(x).dtype == torch.float64
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    layer = FDConv2d(20, 24, 3)
+    x = torch.randn(2, 20, 5, 5, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        grad.sum().backward()
