@@ -1,8 +1,8 @@
-# Everything from a fresh clone: `make demo`, `make test`, `make test-all`, `make lint`, `make cards`.
+# Everything from a fresh clone: `make demo`, `make test`, `make test-all` (`make test` and `make test-slow`), `make lint`, `make cards`.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all cards lint clean
+.PHONY: demo test test-slow test-all cards lint clean
 
 .venv/.installed: pyproject.toml requirements-demo-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,8 +20,10 @@ test: .venv/.installed
 	$(PYTEST)
 
 # Models are saved by the hundred: what passed leaves nothing behind, or tens of gigabytes fill up.
-test-all: .venv/.installed
-	$(PYTEST) -m 'slow or not slow' -o tmp_path_retention_policy=failed
+test-slow: .venv/.installed
+	$(PYTEST) -m slow -o tmp_path_retention_policy=failed
+
+test-all: test test-slow
 
 cards: .venv/.installed
 	$(BIN)/python -m hub.model_cards --check
