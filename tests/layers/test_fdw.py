@@ -69,6 +69,16 @@ def test_band_index_is_that_of_the_reference(rows, columns, num_bands):
     assert torch.equal(index, literal.groups_of_coefficients(rows, columns, num_bands))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1536, 770), (512, 512), (257, 1024), (1, 4000), (4000, 1)])
+def test_large_grids_are_cut_as_a_stable_sort_cuts_them(rows, columns):
+    vertical, horizontal = torch.fft.fftfreq(rows), torch.fft.rfftfreq(columns)
+    order = (vertical[:, None] ** 2 + horizontal**2).sqrt().flatten().sort(stable=True).indices
+    expected = torch.empty(len(order), dtype=torch.int32)
+    for band, members in enumerate(order.tensor_split(61)):
+        expected[members] = band
+    assert torch.equal(band_index(rows, columns, 61).flatten(), expected)
+
+
 def test_the_first_groups_take_one_more_where_the_count_does_not_divide():
     # the 64 -> 32 3x3 that the official code can't build at 64 groups: 96 * 97 = 9312 = 64 * 145 + 32
     sizes = band_index(96, 192, 64).flatten().bincount().tolist()
