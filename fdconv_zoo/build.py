@@ -44,6 +44,7 @@ class FDConvModel(nn.Module):
         own = {f"ksm_{option}" if option in ("norm_layer", "act_layer") else option: option for option in cls.options}
         known = inspect.signature(super().__init__).parameters
         unknown = [key for key in kwargs if key not in own and key not in known]
+        # timm 1.0.26's SwinTransformer takes any keyword.
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         if unknown and not takes_any:
             raise TypeError(

@@ -121,7 +121,7 @@ def summary(model: nn.Module, include: Include | None = None) -> list[LayerRepor
 def layer_options(layer_class: type[nn.Module]) -> set[str]:
     """Keyword arguments of a layer that its static source does not decide."""
     parameters = inspect.signature(layer_class).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"init_weights", "device", "dtype"}
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"init_weights", "gain_maps", "device", "dtype"}
 
 
 def _place(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -160,9 +160,9 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
         if not reason and module not in replaced:
             try:
                 if isinstance(module, nn.Conv2d):
-                    replaced[module] = FDConv2d.from_conv(module, gain_maps, **kwargs)
+                    replaced[module] = FDConv2d.from_conv(module, gain_maps=gain_maps, **kwargs)
                 else:
-                    replaced[module] = FDLinear.from_linear(module, gain_maps, **linear_kwargs)
+                    replaced[module] = FDLinear.from_linear(module, gain_maps=gain_maps, **linear_kwargs)
             except ValueError as error:
                 raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:

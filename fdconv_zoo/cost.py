@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .layers.ops.flops import flops_of
 from .layers.ops.library import OPERATORS
 
 aten = torch.ops.aten
@@ -41,22 +42,14 @@ _FFT_FLOPS = {
 }
 
 
-def _flops_of(implementation: Callable[..., Any]) -> Callable[..., int]:
-    """FLOPs of an operator: those that its implementation takes with tensors on the meta device."""
-
-    def count(*args: Any, out_val: Any = None) -> int:
-        with FlopCounterMode(display=False, custom_mapping=_FFT_FLOPS) as counter:
-            implementation(*args)
-        return counter.get_total_flops()
-
-    count._get_raw = True  # tensors, not their shapes
-    return count
+def _with_transforms(operator: str) -> Callable[..., int]:
+    """Formula of one of FDConv's operators, the Fourier transforms in it included."""
+    formula = flops_of(OPERATORS[operator].kernels["cpu"], _FFT_FLOPS)
+    formula._get_raw = True  # FlopCounterMode hands over tensors, not their shapes
+    return formula
 
 
-_FLOPS = _FFT_FLOPS | {
-    torch.ops.fdconv_zoo.dynamic_conv2d: _flops_of(OPERATORS["dynamic_conv2d"].kernels["cpu"]),
-    torch.ops.fdconv_zoo.modulate_bands: _flops_of(OPERATORS["modulate_bands"].kernels["default"]),
-}
+_FLOPS = _FFT_FLOPS | {getattr(torch.ops.fdconv_zoo, name): _with_transforms(name) for name in OPERATORS}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -51,6 +51,7 @@ class _FDLayer(nn.Module):
         act_layer: Callable[..., nn.Module],
         recompute: bool,
         init_weights: bool,
+        gain_maps: GainMaps | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -70,6 +71,7 @@ class _FDLayer(nn.Module):
             official_order=mask_grid is not None,
             fan_in=in_channels * kernel_size[0] * kernel_size[1],
             init_weights=init_weights,
+            gain_maps=gain_maps,
             **factory,
         )
         self.ksm = KSM(
@@ -114,15 +116,12 @@ class _FDLayer(nn.Module):
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1."""
-        if self.fdw.gain_index is None:
-            self.fdw.init_non_persistent_buffers()
         self.fdw.set_matrix(weight if weight.dim() == 2 else weight_to_matrix(weight))
         if self.bias is not None:
             self.bias.copy_(bias)
         self.reset_modulation()
 
-    def _adopt(self, static: nn.Conv2d | nn.Linear, gain_maps: GainMaps | None) -> None:
-        self.fdw.init_non_persistent_buffers(gain_maps)
+    def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
         self.set_static(static.weight, static.bias)
         self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
         if self.bias is not None:
@@ -180,6 +179,7 @@ class FDConv2d(_FDLayer):
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         init_weights: False leaves static weight and bias to be set.
+        gain_maps: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
         device: Device of the parameters.
         dtype: Dtype of the parameters; spectra are computed in float32 at least.
 
@@ -211,6 +211,7 @@ class FDConv2d(_FDLayer):
         act_layer: Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
         init_weights: bool = True,
+        gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -231,6 +232,7 @@ class FDConv2d(_FDLayer):
             act_layer=act_layer,
             recompute=recompute,
             init_weights=init_weights,
+            gain_maps=gain_maps,
             device=device,
             dtype=dtype,
         )
@@ -257,12 +259,11 @@ class FDConv2d(_FDLayer):
             self.pads = (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, gain_maps: GainMaps | None = None, **kwargs: Any) -> "FDConv2d":
+    def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "FDConv2d":
         """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
 
         Args:
             conv: Source layer, unchanged.
-            gain_maps: Gain maps of other layers, to copy this one's from or to add it to.
             **kwargs: Keyword arguments of FDConv2d.
 
         Raises:
@@ -288,7 +289,7 @@ class FDConv2d(_FDLayer):
             dtype=conv.weight.dtype,
             **kwargs,
         )
-        layer._adopt(conv, gain_maps)
+        layer._adopt(conv)
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -337,6 +338,7 @@ class FDLinear(_FDLayer):
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         init_weights: False leaves static weight and bias to be set.
+        gain_maps: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
         device: Device of the parameters.
         dtype: Dtype of the parameters; spectra are computed in float32 at least.
 
@@ -360,6 +362,7 @@ class FDLinear(_FDLayer):
         act_layer: Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
         init_weights: bool = True,
+        gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -378,6 +381,7 @@ class FDLinear(_FDLayer):
             act_layer=act_layer,
             recompute=recompute,
             init_weights=init_weights,
+            gain_maps=gain_maps,
             device=device,
             dtype=dtype,
         )
@@ -387,12 +391,11 @@ class FDLinear(_FDLayer):
         self.pads = (0, 0, 0, 0)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, gain_maps: GainMaps | None = None, **kwargs: Any) -> "FDLinear":
+    def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> "FDLinear":
         """Layer that computes the same function as `linear`, on its device, in its dtype and training mode.
 
         Args:
             linear: Source layer, unchanged.
-            gain_maps: Gain maps of other layers, to copy this one's from or to add it to.
             **kwargs: Keyword arguments of FDLinear.
 
         Raises:
@@ -411,7 +414,7 @@ class FDLinear(_FDLayer):
             dtype=linear.weight.dtype,
             **kwargs,
         )
-        layer._adopt(linear, gain_maps)
+        layer._adopt(linear)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ What differs from the official code:
 import torch
 from torch import Tensor, nn
 
-from .fourier import GainMap, band_index, from_spectrum, make_gain_map, to_spectrum
+from .fourier import GainMap, band_index, check_num_bands, from_spectrum, make_gain_map, to_spectrum
 from .ops import weight_matrices
 from .ops.types import Spectrum
 
@@ -28,7 +28,8 @@ class FDW(nn.Module):
         num_bands: Frequency groups n.
         official_order: See :func:`~fdconv_zoo.layers.fourier.band_index`.
         fan_in: Inputs of one output, Cin*kh*kw, for the initialisation; C if it is not given.
-        init_weights: False leaves spectrum and groups to be set.
+        init_weights: False leaves the spectrum to be set.
+        gain_maps: As for :meth:`init_non_persistent_buffers`.
         device: Device of the parameter.
         dtype: Dtype of the parameter; the transforms run in float32 at least.
 
@@ -47,10 +48,12 @@ class FDW(nn.Module):
         official_order: bool = False,
         fan_in: int | None = None,
         init_weights: bool = True,
+        gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_num_bands(rows, columns, num_bands)
         self.rows = rows
         self.columns = columns
         self.num_bands = num_bands
@@ -59,13 +62,17 @@ class FDW(nn.Module):
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
         self.register_buffer("gain_tiles", None, persistent=False)
+        self.init_non_persistent_buffers(gain_maps)
         if init_weights:
-            self.reset_parameters()
+            self._draw_matrix()
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Recomputes the gain map and initialises the weight matrix as nn.Conv2d and nn.Linear do."""
         self.init_non_persistent_buffers()
+        self._draw_matrix()
+
+    def _draw_matrix(self) -> None:
         bound = self.fan_in**-0.5
         self.set_matrix(torch.empty(self.rows, self.columns, device=self.spectrum.device).uniform_(-bound, bound))
 

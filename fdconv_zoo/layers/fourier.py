@@ -37,6 +37,13 @@ class GainMap(NamedTuple):
     tiles: Tensor
 
 
+def check_num_bands(rows: int, columns: int, num_bands: int) -> None:
+    """Raises a ValueError unless the coefficients of a matrix (R, C) are enough for the groups, and there is one."""
+    count = rows * (columns // 2 + 1)
+    if not 1 <= num_bands <= count:
+        raise ValueError(f"num_bands={num_bands}, but a {rows}x{columns} weight matrix has 1 to {count} bands")
+
+
 def band_index(rows: int, columns: int, num_bands: int, official_order: bool = False) -> Tensor:
     """Frequency group of every coefficient of a half spectrum (Sec. 3.1, "Fourier Disjoint Weight").
 
@@ -53,9 +60,8 @@ def band_index(rows: int, columns: int, num_bands: int, official_order: bool = F
     Raises:
         ValueError: If `num_bands` is below 1 or above the number of coefficients.
     """
+    check_num_bands(rows, columns, num_bands)
     count = rows * (columns // 2 + 1)
-    if not 1 <= num_bands <= count:
-        raise ValueError(f"num_bands={num_bands}, but a {rows}x{columns} weight matrix has 1 to {count} bands")
     # The device is named so that a surrounding `torch.device("meta")` context does not apply.
     vertical = torch.fft.fftfreq(rows, device="cpu", dtype=torch.float32)
     horizontal = torch.fft.rfftfreq(columns, device="cpu", dtype=torch.float32)

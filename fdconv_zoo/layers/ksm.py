@@ -100,19 +100,17 @@ class KSM(nn.Module):
             self._check_batch(pooled)
         own = pooled.to(self.fc.weight.dtype)
         hidden = self.act(self.norm(self.fc(own)[:, :, None, None])).flatten(1)
-        gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype).split(self.sections, dim=1)
-        channels: Tensor | None = None
-        filters: Tensor | None = None
+        gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype)
+        if self.local_norm is None or self.local_conv is None:
+            return Gates(gates, None, None, None, None, None)
+        local_input = self.local_norm(own).to(pooled.dtype)
+        local_weight = self.local_conv.weight.to(pooled.dtype)
         positions: Tensor | None = None
-        local_input: Tensor | None = None
-        local_weight: Tensor | None = None
-        if self.local_norm is not None and self.local_conv is not None:
-            channels, filters = gates[1], gates[2]
-            if len(gates) > 3:
-                positions = gates[3]
-            local_input = self.local_norm(own).to(pooled.dtype)
-            local_weight = self.local_conv.weight.to(pooled.dtype)
-        return Gates(gates[0], channels, filters, positions, local_input, local_weight)
+        if len(self.sections) == 3:
+            bands, channels, filters = gates.split(self.sections, dim=1)
+        else:
+            bands, channels, filters, positions = gates.split(self.sections, dim=1)
+        return Gates(bands, channels, filters, positions, local_input, local_weight)
 
     @torch.jit.ignore
     def dense_gate(self, gates: Gates) -> Tensor | None:

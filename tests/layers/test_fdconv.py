@@ -126,6 +126,13 @@ def test_from_linear_computes_the_same_function(bias):
     assert layer.fdw.spectrum.norm().item() == pytest.approx(linear.weight.norm().item(), rel=1e-14)
 
 
+def test_a_layer_without_initial_weights_takes_those_of_another():
+    layer, empty = randomise(FDConv2d(20, 24, 3)).eval(), FDConv2d(20, 24, 3, init_weights=False).eval()
+    empty.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 20, 9, 8)
+    assert torch.equal(empty(x), layer(x))
+
+
 def test_from_conv_keeps_dtype_and_frozen_weights():
     conv = nn.Conv2d(20, 24, 3).to(torch.bfloat16)
     conv.weight.requires_grad_(False)

@@ -28,6 +28,13 @@ def test_impossible_layers_are_named(keywords, message):
         FDConv2d(24, 32, 3, **keywords)
 
 
+@pytest.mark.parametrize("num_bands", [-1, 10**12])
+@pytest.mark.parametrize("ksm", [False, True])
+def test_impossible_numbers_of_bands_are_named_before_anything_is_made(ksm, num_bands):
+    with pytest.raises(ValueError, match=f"num_bands={num_bands}, but a 96x72 weight matrix"):
+        FDConv2d.from_conv(nn.Conv2d(24, 32, 3), num_bands=num_bands, ksm=ksm)
+
+
 @pytest.mark.parametrize("num_bands", [0, 417])
 def test_impossible_linear_layers_are_named(num_bands):
     with pytest.raises(ValueError, match=f"num_bands={num_bands}, but a 32x24 weight matrix has 1 to 416 bands"):

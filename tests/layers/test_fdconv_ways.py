@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdconv_zoo import FDConv2d
-from fdconv_zoo.layers.ops.eager import bands, limits
+from fdconv_zoo.layers.ops.eager import conv, limits
 from tests.compare import assert_matches, relative_error
 from tests.layers.fdconv_configs import CONFIGS, layer_and_input, on_grid, reference_of
 
@@ -55,14 +55,12 @@ def test_blocks_change_nothing_for_one_sample_and_without_gates(ksm, elements, m
         {"bank": 0},
         {"packed": 0},
         limits.OTHER._asdict(),
-        {"matrix_places": 0},
+        {"matrix": 0},
     ],
     ids=str,
 )
 @on_grid
 def test_each_way_to_make_and_to_apply_the_weights(config, changed, monkeypatch):
-    changed = dict(changed)
-    monkeypatch.setattr(bands, "MATRIX_PLACES", changed.pop("matrix_places", bands.MATRIX_PLACES))
     set_limits(monkeypatch, **changed)
     layer, x = layer_and_input(config)
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=1e-11)
@@ -124,6 +122,24 @@ def test_recomputing_keeps_less_for_the_backward_pass():
         largest[recompute] = max(kept)
         del out, alive, earlier
     assert largest[True] < weights <= largest[False]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_are_kept_only_for_a_backward_pass(frozen, monkeypatch):
+    layer, x = layer_and_input(CONFIGS["3x3"], recompute=False)
+    layer.requires_grad_(not frozen)
+    kept, forward = [], conv.forward
+
+    def look(*args):
+        result = forward(*args)
+        kept.append(result[1] is not None)
+        return result
+
+    monkeypatch.setattr(conv, "forward", look)
+    layer.eval()(x)
+    with torch.no_grad():
+        layer(x)
+    assert kept == [not frozen, False]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -44,7 +44,7 @@ def dynamic_conv2d(
         Output (B, Cout, Hout, Wout), dtype of the input.
 
     Raises:
-        ValueError: If the padded input is smaller than the kernel.
+        ValueError: If the padded input is smaller than the kernel, where the operator computes.
     """
     if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
         out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..fourier import GainMap
 from .eager import bands, conv, limits
 from .eager.weight import Made
+from .flops import flops_of
 from .types import Gates, Geometry, Inputs, Limits, Spectrum
 
 NO_SECOND_DERIVATIVES = (
@@ -101,30 +103,32 @@ def dynamic_conv2d(inputs: Inputs, geometry: Geometry, channels_last: bool, reco
         nothing = x.sum() + coefficients.sum().to(x.dtype)
         return nothing + x.new_zeros(len(x), len(coefficients) // geometry.kernel_size[0], *size)
     tensors = (x, *gates, coefficients, *gain_map)
-    keep = not recompute and torch.is_grad_enabled()
+    is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = is_trained and not recompute
     with without_autocast(x):
         return torch.ops.fdconv_zoo.dynamic_conv2d.default(*tensors, *geometry, channels_last, keep)[0]
 
 
-def conv2d_by(call: Call, limits_of_device: Limits) -> tuple[Tensor, Tensor, Tensor]:
+def conv2d_by(device_limits: Limits, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and the weights and their dense gate for the backward pass: empty where they are not kept."""
-    output, kept = conv.forward(call.inputs, call.geometry, limits_of_device, call.channels_last, call.keep)
-    nothing = Made(call.x.new_empty(0), None) if kept is None else kept
-    return output, nothing.gated, call.x.new_empty(0) if nothing.gate is None else nothing.gate
+    output, kept = conv.forward(call.inputs, call.geometry, device_limits, call.channels_last, call.keep)
+    if kept is None:
+        return output, call.x.new_empty(0), call.x.new_empty(0)
+    return output, kept.gated, call.x.new_empty(0) if kept.gate is None else kept.gate
 
 
 def conv2d_backward_by(
-    grad: Tensor, made: Made, needs: list[bool], call: Call, limits_of_device: Limits
+    device_limits: Limits, grad: Tensor, kept: tuple[Tensor, Tensor], needs: list[bool], call: Call
 ) -> list[Tensor]:
     """Gradients of what is needed of `DIFFERENTIABLE`, given that of the output and what the forward pass kept."""
+    gated, gate = kept
     need = dict(zip(DIFFERENTIABLE, needs, strict=True))
-    gate = made.gate if call.local_weight is not None else None
     grads = conv.backward(
         call.inputs,
         call.geometry,
-        limits_of_device,
+        device_limits,
         grad,
-        made._replace(gate=gate) if call.keep else None,
+        Made(gated, None if call.local_weight is None else gate) if call.keep else None,
         channels_last=call.channels_last,
         need_x=need["x"],
         need_spectrum=need["coefficients"],
@@ -141,26 +145,26 @@ def format_of(tensor: Tensor, call: Call) -> torch.memory_format:
 def conv2d_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution on a CPU."""
     limits.keep_freed_memory()
-    return conv2d_by(Call(*arguments), limits.CPU)
+    return conv2d_by(limits.CPU, Call(*arguments))
 
 
 def conv2d_elsewhere(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution on a device without an implementation of its own."""
-    return conv2d_by(Call(*arguments), limits.OTHER)
+    return conv2d_by(limits.OTHER, Call(*arguments))
 
 
 def conv2d_backward_on_cpu(
     grad: Tensor, gated: Tensor, gate: Tensor, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
     """The backward pass on a CPU."""
-    return conv2d_backward_by(grad, Made(gated, gate), needs, Call(*arguments), limits.CPU)
+    return conv2d_backward_by(limits.CPU, grad, (gated, gate), needs, Call(*arguments))
 
 
 def conv2d_backward_elsewhere(
     grad: Tensor, gated: Tensor, gate: Tensor, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
     """The backward pass on a device without an implementation of its own."""
-    return conv2d_backward_by(grad, Made(gated, gate), needs, Call(*arguments), limits.OTHER)
+    return conv2d_backward_by(limits.OTHER, grad, (gated, gate), needs, Call(*arguments))
 
 
 def conv2d_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,6 +222,26 @@ def modulate_bands(
     numbers = [number for fraction in cutoffs for number in fraction]
     with without_autocast(x):
         return torch.ops.fdconv_zoo.modulate_bands.default(x, weight, bias, numbers, mask_grid)
+
+
+def bands_on_cpu(*arguments: Any) -> Tensor:
+    """The bands on a CPU."""
+    return bands.forward(*arguments, limits=limits.CPU)
+
+
+def bands_elsewhere(*arguments: Any) -> Tensor:
+    """The bands on a device without an implementation of its own."""
+    return bands.forward(*arguments, limits=limits.OTHER)
+
+
+def bands_backward_on_cpu(*arguments: Any) -> list[Tensor]:
+    """Their backward pass on a CPU."""
+    return bands.backward(*arguments, limits=limits.CPU)
+
+
+def bands_backward_elsewhere(*arguments: Any) -> list[Tensor]:
+    """Their backward pass on a device without an implementation of its own."""
+    return bands.backward(*arguments, limits=limits.OTHER)
 
 
 def bands_fake(x: Tensor, *unused: Any) -> Tensor:
@@ -297,11 +321,15 @@ OPERATORS = {
         None,
     ),
     "modulate_bands": Operator(
-        f"({BANDS}) -> Tensor", {"default": bands.forward}, bands_fake, bands_backward, bands_setup
+        f"({BANDS}) -> Tensor",
+        {"cpu": bands_on_cpu, "default": bands_elsewhere},
+        bands_fake,
+        bands_backward,
+        bands_setup,
     ),
     "modulate_bands_backward": Operator(
         f"(Tensor grad, {BANDS}, bool need_x) -> Tensor[]",
-        {"default": bands.backward},
+        {"cpu": bands_backward_on_cpu, "default": bands_backward_elsewhere},
         bands_backward_fake,
         refuse,
         None,
@@ -318,3 +346,4 @@ if not hasattr(torch.ops.fdconv_zoo, "dynamic_conv2d"):
             torch.library.impl(full_name, key, kernel)
         torch.library.register_fake(full_name, operator.fake)
         torch.library.register_autograd(full_name, operator.backward, setup_context=operator.setup)
+        register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(flops_of(operator.kernels["cpu"]))

@@ -1,7 +1,7 @@
 """FDConv in plain words: one sample, one frequency group and one band at a time.
 
-Slow on purpose. Written from the paper (CVPR 2025, https://arxiv.org/abs/2503.18783) and sharing no code with
-`fdconv_zoo`; the layers are tested against it, forward and backward.
+Slow on purpose. Written from the paper (CVPR 2025, https://arxiv.org/abs/2503.18783), importing nothing of this
+package; the layers are tested against it, forward and backward.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@lru_cache
+@lru_cache(maxsize=8)
 def places_in_matrix(out_channels: int, in_channels: int, kh: int, kw: int) -> Tensor:
     """Where weight element [o, c, i, j] stands in the flattened matrix: row o*kh+i, column c*kw+j."""
     places = torch.empty(out_channels, in_channels, kh, kw, dtype=torch.long)
@@ -31,7 +31,7 @@ def matrix_of(weight: Tensor) -> Tensor:
     return flat.view(out_channels * kh, in_channels * kw)
 
 
-@lru_cache
+@lru_cache(maxsize=8)
 def groups_of_coefficients(rows: int, columns: int, num_bands: int) -> Tensor:
     """The frequency group of every coefficient of the half spectrum: sort by radius, cut into contiguous groups."""
     vertical, horizontal = torch.fft.fftfreq(rows), torch.fft.rfftfreq(columns)

@@ -17,7 +17,7 @@ from .onnx import inverse_rfft2, whole_low_passes
 from .types import Geometry, Inputs, Spectrum, element_gate
 
 
-def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: bool) -> Tensor:
+def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: bool = False) -> Tensor:
     """Weight matrices from one spectrum and the gains of its groups (Eq. 4-5).
 
     Args:
@@ -96,7 +96,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return out.reshape(x.shape[0], weight.shape[1], height, width)
 
 
-def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool) -> Tensor:
+def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
     x, gates, spectrum = inputs.x, inputs.gates, inputs.spectrum
     kh, kw = geometry.kernel_size

@@ -102,7 +102,8 @@ class Geometry(NamedTuple):
         size = self.output_size(height, width)
         if min(size) < 1:
             raise ValueError(
-                f"input of {height}, {width} pixels with padding {self.padding} is less than kernel {self.kernel_size}"
+                f"input of {height}, {width} pixels with padding {self.padding} (left, right, top, bottom) is less "
+                f"than kernel {self.kernel_size}"
             )
         return size
 
@@ -119,6 +120,8 @@ class Limits(NamedTuple):
             convolution's preparations for weights that are new every time cost more.
         packed: Weight elements from which packing the spectrum pays for its small operations; None for never.
         block: Elements of a block of elementwise work, to stay in a core's cache; None for no blocks.
+        matrix: Up to this many places a map's bands are gated by one matrix; low-passes of small maps are many tiny
+            products.
     """
 
     chunk: int
@@ -126,6 +129,7 @@ class Limits(NamedTuple):
     places: int
     packed: int | None
     block: int | None
+    matrix: int
 
 
 class Plan(NamedTuple):

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers import FBM
@@ -103,6 +104,18 @@ def test_large_weights_are_compiled_as_in_eager_mode():
     x = torch.randn(2, 16, 96)
     with torch.no_grad():
         assert relative_error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)) < 1e-6
+
+
+def test_torch_counts_the_flops_of_the_operators():
+    layer, x = FDConv2d(32, 32, 3, padding=1), torch.randn(2, 32, 14, 14)
+    convolution = 2 * 2 * 32 * 32 * 9 * 14 * 14
+    with FlopCounterMode(display=False) as forward:
+        loss = layer(x).sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert convolution < forward.get_total_flops() < 2.5 * convolution
+    # The input needs no gradient: the weight's is one product; FBM adds its own.
+    assert convolution < backward.get_total_flops() < 5 * convolution
 
 
 def test_second_derivatives_are_refused():

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...low_pass import band_factors, band_matrix, low_pass_matrices, low_passes, sum_low_passes
-
-# Up to this many places a map's bands are gated by one matrix; low-passes of small maps are many tiny products.
-MATRIX_PLACES = 256
+from ..types import Limits
 
 
 def kernel_matrix(weight: Tensor) -> Tensor:
@@ -29,9 +27,9 @@ def band_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return logits.add_(bias.view(-1, 1, 1)).sigmoid_().mul_(2)
 
 
-def by_matrix(x: Tensor, mask_grid: int | None) -> bool:
+def by_matrix(x: Tensor, mask_grid: int | None, limits: Limits) -> bool:
     """Whether a matrix (HW, HW) gates the bands of a map (B, C, H, W)."""
-    return mask_grid is None and x.shape[2] * x.shape[3] <= MATRIX_PLACES
+    return mask_grid is None and x.shape[2] * x.shape[3] <= limits.matrix
 
 
 def exact(x: Tensor) -> Tensor:
@@ -44,9 +42,11 @@ def fractions(numbers: list[int]) -> list[tuple[int, int]]:
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, *, limits: Limits
+) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.modulate_bands`: see there; the cutoffs are as for :func:`fractions`."""
-    maps, cutoffs, is_small = exact(x), fractions(cutoffs), by_matrix(x, mask_grid)
+    maps, cutoffs, is_small = exact(x), fractions(cutoffs), by_matrix(x, mask_grid, limits)
     factors = band_factors(band_gates(maps, weight.to(maps.dtype), bias.to(maps.dtype)))
     if is_small:
         # A view could not be changed in place by what follows, such as ReLU(inplace=True).
@@ -60,14 +60,22 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_gr
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, need_x: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[int],
+    mask_grid: int | None,
+    need_x: bool,
+    *,
+    limits: Limits,
 ) -> list[Tensor]:
     """Gradients of the map, if needed, the weight and the bias of :func:`forward`, given that of its output."""
     maps, slope, cutoffs = exact(x), exact(grad), fractions(cutoffs)
     kernel = weight.to(maps.dtype)
     gates = band_gates(maps, kernel, bias.to(maps.dtype))
     factors, bands = band_factors(gates), gates.shape[1]
-    if by_matrix(x, mask_grid):
+    if by_matrix(x, mask_grid, limits):
         lows = low_pass_matrices(maps, cutoffs)
         products = torch.bmm(maps.flatten(2).mT, slope.flatten(2))
         sums = [products.diagonal(dim1=1, dim2=2), *((products * low).sum(1) for low in lows)]

@@ -124,8 +124,14 @@ class SampleConv:
             return kernels.view(batch, -1, *shape[1:]).transpose(2, 3).reshape(batch, rows, -1).contiguous()
         return torch.bmm(grad.flatten(2), self.operand.mT).view(batch, rows, -1)
 
-    def grad_input(self, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the input (B, Cin, H, W) and of its gate, if it is gated, given that of the scaled output."""
+    def grad_input(self, grad: Tensor, weight: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the input (B, Cin, H, W), if needed, and of its gate, if it is gated.
+
+        Args:
+            grad: Gradient of the output times the scale.
+            weight: Weight matrices (B, R, C) before the element gate.
+            need_x: Compute that of the input.
+        """
         weight = self._gated(weight)
         if self.operand is None:
             return self._gradients(grad, self._kernels(weight), (True, False))[0].view_as(self.x), None
@@ -136,7 +142,8 @@ class SampleConv:
             patches = torch.bmm(kernels.mT, grad.flatten(2))
         if self.element is None or not self.plan.gate_input:
             return self._fold(patches), None
-        return self._fold(patches * self.element[:, :, None]), (patches * self.patches).sum(2)
+        grad_x = self._fold(patches * self.element[:, :, None]) if need_x else None
+        return grad_x, (patches * self.patches).sum(2)
 
     def grad_element(self, grad: Tensor, gated: Tensor, scale: Tensor) -> Tensor:
         """Gradient of an element gate that gated the weight, in whose gradient it is then taken into account in place.
@@ -201,9 +208,10 @@ def forward(
     weights = SampleWeights(gates, spectrum, geometry.kernel_size, columns, plan)
     for start in range(0, len(x), plan.chunk):
         samples = slice(start, start + plan.chunk)
-        made = weights.make(samples, False, None if kept is None else kept.rows(samples))
+        made = weights.make(samples, False, None if kept is None else kept.of(samples))
         convolution = SampleConv(x[samples], None if element is None else element[samples], geometry, plan)
         convolution.forward(made.gated, None if scale is None else scale[samples], output[samples])
+        del made, convolution  # the next chunk would be made beside them
     return output, kept
 
 
@@ -241,15 +249,16 @@ def backward(
     grad_element = None if element is None else torch.empty_like(element)
     for start in range(0, len(x), plan.chunk):
         samples = slice(start, start + plan.chunk)
-        made = weights.make(samples, keep_gate=True) if kept is None else kept.rows(samples)
+        made = weights.make(samples, keep_gate=True) if kept is None else kept.of(samples)
         convolution = SampleConv(x[samples], None if element is None else element[samples], geometry, plan)
         grad_out = grad[samples]
         grad_weight = convolution.grad_weight(grad_out, rows).to(spectrum.coefficients.dtype)
         if need_x or (plan.gate_input and element is not None):
             if scale is not None:
                 grad_out = grad_out * scale[samples].to(grad_out.dtype)[:, :, None, None]
-            grad_part, grad_gate = convolution.grad_input(grad_out, made.gated)
-            grad_x.append(grad_part)
+            grad_part, grad_gate = convolution.grad_input(grad_out, made.gated, need_x)
+            if need_x:
+                grad_x.append(grad_part)
             if grad_gate is not None:
                 grad_element[samples] = grad_gate
         if element is not None and not plan.gate_input:

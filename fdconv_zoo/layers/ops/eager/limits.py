@@ -7,9 +7,9 @@ import torch
 
 from ..types import Limits
 
-CPU = Limits(chunk=1 << 20, bank=1 << 22, places=1024, packed=1 << 15, block=1 << 20)
+CPU = Limits(chunk=1 << 20, bank=1 << 22, places=1024, packed=1 << 15, block=1 << 20, matrix=256)
 # Guesses: no such device was there to measure.
-OTHER = Limits(chunk=1 << 26, bank=1 << 22, places=0, packed=None, block=None)
+OTHER = Limits(chunk=1 << 26, bank=1 << 22, places=0, packed=None, block=None, matrix=256)
 
 
 @cache

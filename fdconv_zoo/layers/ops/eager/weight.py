@@ -28,7 +28,7 @@ class Made(NamedTuple):
     gated: Tensor
     gate: Tensor | None
 
-    def rows(self, samples: slice) -> "Made":
+    def of(self, samples: slice) -> "Made":
         """Those of some samples."""
         return Made(self.gated[samples], None if self.gate is None else self.gate[samples])
 
@@ -96,11 +96,9 @@ class SampleWeights:
     ) -> None:
         self.gates, self.plan, (self.kernel_height, self.kernel_width) = gates, plan, kernel_size
         self.transform = Transform(spectrum, columns, plan)
-        self.taps = self.filters = None
+        self.filters = None
         if gates.local_weight is not None:
-            rows, num_taps = len(spectrum.coefficients), gates.local_weight.shape[2]
-            self.filters = gates.local_weight.reshape(1, rows, -1)
-            self.taps = channel_taps(gates.local_input, num_taps, self.kernel_width)
+            self.filters = gates.local_weight.reshape(1, len(spectrum.coefficients), -1)
 
     @cached_property
     def group_gains(self) -> Tensor:
@@ -113,6 +111,12 @@ class SampleWeights:
         """Weight matrix (n, R, C) of each group, to be mixed instead of transforming each sample's spectrum."""
         return self.transform(self.group_gains)
 
+    def _taps(self, samples: slice) -> Tensor | None:
+        """:func:`channel_taps` of some samples, or None without a dense gate."""
+        if self.filters is None:
+            return None
+        return channel_taps(self.gates.local_input[samples], self.gates.local_weight.shape[2], self.kernel_width)
+
     def make(self, samples: slice, keep_gate: bool, into: Made | None = None) -> Made:
         """Makes the weights of some samples, in blocks of rows.
 
@@ -121,14 +125,14 @@ class SampleWeights:
             keep_gate: Return the dense gate too.
             into: Where to write what is made, or None for memory of their own.
         """
-        bands = self.gates.bands[samples]
+        bands, taps = self.gates.bands[samples], self._taps(samples)
         if self.plan.use_bank:
             gated = (bands @ self.bank.flatten(1)).view(len(bands), -1, self.transform.columns)
         else:
             gated = self.transform(bands)
-        if self.taps is None:
+        if taps is None:
             return Made(gated if into is None else into.gated.copy_(gated), None)
-        taps, filters = self.taps[samples], self.filters.expand(len(bands), -1, -1)
+        filters = self.filters.expand(len(bands), -1, -1)
         if into is None:
             into = Made(gated, torch.empty_like(gated) if keep_gate else None)
         for block in row_blocks(gated, self.plan.block, self.kernel_height):
@@ -141,7 +145,7 @@ class SampleWeights:
     def zero_gradients(self, need_spectrum: bool) -> WeightGradients:
         """Where :meth:`backward` writes and adds."""
         gates, coefficients = self.gates, self.transform.spectrum.coefficients
-        has_gate = self.taps is not None
+        has_gate = self.filters is not None
         return WeightGradients(
             bands=torch.empty_like(gates.bands),
             filters=torch.empty_like(gates.filters) if has_gate else None,
@@ -181,7 +185,7 @@ class SampleWeights:
     def _ungate(self, samples: slice, made: Made, grad: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Makes `grad` that of FDW's weights, adds to `grad_weight`, returns gradients of filter gate and taps."""
         batch, _, columns = grad.shape
-        taps, filter_gate = self.taps[samples], self.gates.filters[samples]
+        taps, filter_gate = self._taps(samples), self.gates.filters[samples]
         grad_filters, grad_taps = torch.empty_like(filter_gate), torch.zeros_like(taps)
         # Of the dense gate without its factor of 2, which comes with the filter gate.
         row_scale = (2 * filter_gate).repeat_interleave(self.kernel_height, dim=1).unsqueeze(2)
