@@ -36,6 +36,7 @@ class FBM(nn.Module):
         channels: Channels C of the feature map.
         cutoffs: Band limits in cycles per pixel, falling.
         mask_grid: None for the paper's masks, 64 for those of checkpoints trained with the official code.
+        fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -48,6 +49,7 @@ class FBM(nn.Module):
         channels: int,
         cutoffs: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16),
         mask_grid: int | None = None,
+        fused: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class FBM(nn.Module):
         fractions = [Fraction(c).limit_denominator(MAX_DENOMINATOR) for c in cutoffs]
         self.cutoffs = [(f.numerator, f.denominator) for f in fractions]
         self.mask_grid = mask_grid
+        self.fused = fused
         self.weight = nn.Parameter(torch.empty(len(cutoffs), channels, 3, 3, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(len(cutoffs), device=device, dtype=dtype))
         self.reset_parameters()
@@ -69,7 +72,7 @@ class FBM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Modulates a feature map (B, C, H, W), whose shape and dtype the result has."""
-        return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid)
+        return modulate_bands(x, self.weight, self.bias, self.cutoffs, self.mask_grid, self.fused)
 
     @torch.jit.ignore
     def gates(self, x: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class _FDLayer(nn.Module):
         norm_layer: Callable[..., nn.Module],
         act_layer: Callable[..., nn.Module],
         recompute: bool,
+        fused: bool,
         init_weights: bool,
         gain_maps: GainMaps | None,
         device: torch.device | str | None,
@@ -63,6 +64,7 @@ class _FDLayer(nn.Module):
             )
         self.kernel_shape = kernel_size
         self.recompute = recompute
+        self.fused = fused
         factory = {"device": device, "dtype": dtype}
         self.fdw = FDW(
             rows=out_channels * kernel_size[0],
@@ -86,7 +88,7 @@ class _FDLayer(nn.Module):
             **factory,
         )
         has_bands = fbm and kernel_size != (1, 1)
-        self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
+        self.fbm = FBM(in_channels, cutoffs, mask_grid, fused=fused, **factory) if has_bands else None
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         if init_weights:
             self._reset_bias()
@@ -148,11 +150,14 @@ class _FDLayer(nn.Module):
 
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
         spectrum = self.fdw()
-        gates = self.ksm(x.mean([2, 3], dtype=spectrum.coefficients.dtype))
+        exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
+        gates = self.ksm(x.mean([2, 3], dtype=exact_dtype))
         if self.fbm is not None:
             x = self.fbm(x)
         geometry = Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
-        return dynamic_conv2d(Inputs(x, gates, spectrum), geometry, self.bias, channels_last, self.recompute)
+        return dynamic_conv2d(
+            Inputs(x, gates, spectrum), geometry, self.bias, channels_last, self.recompute, self.fused
+        )
 
 
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
@@ -178,6 +183,7 @@ class FDConv2d(_FDLayer):
         norm_layer: Normalisation in KSM.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
+        fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
         init_weights: False leaves static weight and bias to be set.
         gain_maps: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
         device: Device of the parameters.
@@ -210,6 +216,7 @@ class FDConv2d(_FDLayer):
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
+        fused: bool = True,
         init_weights: bool = True,
         gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,
@@ -231,6 +238,7 @@ class FDConv2d(_FDLayer):
             norm_layer=norm_layer,
             act_layer=act_layer,
             recompute=recompute,
+            fused=fused,
             init_weights=init_weights,
             gain_maps=gain_maps,
             device=device,
@@ -337,6 +345,7 @@ class FDLinear(_FDLayer):
         norm_layer: Normalisation in KSM.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
+        fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
         init_weights: False leaves static weight and bias to be set.
         gain_maps: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
         device: Device of the parameters.
@@ -361,6 +370,7 @@ class FDLinear(_FDLayer):
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
+        fused: bool = True,
         init_weights: bool = True,
         gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,
@@ -380,6 +390,7 @@ class FDLinear(_FDLayer):
             norm_layer=norm_layer,
             act_layer=act_layer,
             recompute=recompute,
+            fused=fused,
             init_weights=init_weights,
             gain_maps=gain_maps,
             device=device,

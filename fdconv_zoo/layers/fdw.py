@@ -8,12 +8,31 @@ What differs from the official code:
 - Any number of groups is allowed, also one that does not divide the number of coefficients.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from .fourier import GainMap, band_index, check_num_bands, from_spectrum, make_gain_map, to_spectrum
 from .ops import weight_matrices
+from .ops.bank import make_bank
 from .ops.types import Spectrum
+
+
+class KeptBank(NamedTuple):
+    """Weight matrices of the groups, kept between calls.
+
+    Attributes:
+        matrices: The bank (n, R, C).
+        source: The spectrum it was made from.
+        version: That of the spectrum's values.
+    """
+
+    matrices: Tensor
+    source: nn.Parameter
+    version: int
+
 
 # By rows, columns, num_bands and official_order of the weight matrix.
 GainMaps = dict[tuple[int, int, int, bool], GainMap]
@@ -58,6 +77,7 @@ class FDW(nn.Module):
         self.columns = columns
         self.num_bands = num_bands
         self.official_order = official_order
+        self.kept_bank: KeptBank | None = None
         self.fan_in = fan_in or columns
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
@@ -118,12 +138,60 @@ class FDW(nn.Module):
     def matrices(self, gains: Tensor) -> Tensor:
         """Weight matrices (B, R, C) for the gains (B, n) of B samples, in plain operations (Eq. 4-5)."""
         spectrum = self()
-        return weight_matrices(spectrum, gains.to(spectrum.coefficients.dtype), self.columns)
+        exact_dtype = torch.promote_types(self.spectrum.dtype, torch.float32)
+        return weight_matrices(spectrum, gains.to(exact_dtype), self.columns)
+
+    @torch.jit.ignore
+    def keep_bank(self, dtype: torch.dtype) -> None:
+        """Makes the groups' weights now, for the passes without gradients that follow.
+
+        They are n times the weight's elements in `dtype`, are used for inputs of that dtype only, and are given up when
+        the layer is trained, moved, cast or loaded. Where the spectrum changes in place they are not used.
+        """
+        gain_map = GainMap(self.gain_index, self.gain_tiles)
+        matrices = make_bank(self.spectrum.detach(), gain_map, self.num_bands, self.columns, dtype)
+        self.kept_bank = KeptBank(matrices, self.spectrum, self.spectrum._version)
+
+    @torch.jit.ignore
+    def drop_bank(self) -> None:
+        """Gives up what :meth:`keep_bank` made."""
+        self.kept_bank = None
+
+    @torch.jit.unused
+    def _usable_bank(self) -> tuple[Tensor | None, int]:
+        kept = self.kept_bank
+        if kept is None or kept.source is not self.spectrum:
+            return None, -1
+        if torch.is_grad_enabled() and self.spectrum.requires_grad:
+            return None, -1
+        return kept.matrices, kept.version
 
     def forward(self) -> Spectrum:
-        """The spectrum in the precision of the transforms, float32 or float64, and the map of its gains."""
-        exact = self.spectrum.to(torch.promote_types(self.spectrum.dtype, torch.float32))
-        return Spectrum(exact, GainMap(self.gain_index, self.gain_tiles))
+        """The spectrum, the map of its gains, and the bank if one is kept and there is no gradient to compute."""
+        gain_map = GainMap(self.gain_index, self.gain_tiles)
+        if torch.jit.is_scripting():
+            return Spectrum(self.spectrum, gain_map, None, -1)
+        else:
+            bank, version = self._usable_bank()
+            return Spectrum(self.spectrum, gain_map, bank, version)
+
+    @torch.jit.ignore
+    def train(self, mode: bool = True) -> "FDW":
+        """Training changes the spectrum: a kept bank is given up."""
+        if mode:
+            self.drop_bank()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FDW":
+        self.drop_bank()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_bank()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept_bank": None}
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, columns={self.columns}, num_bands={self.num_bands}"

@@ -29,7 +29,7 @@ def is_for_onnx() -> bool:
 
 
 def dynamic_conv2d(
-    inputs: Inputs, geometry: Geometry, bias: Tensor | None, channels_last: bool, recompute: bool
+    inputs: Inputs, geometry: Geometry, bias: Tensor | None, channels_last: bool, recompute: bool, fused: bool
 ) -> Tensor:
     """Convolves each sample with the weight that FDW and KSM make for it (Eq. 4-7).
 
@@ -39,6 +39,7 @@ def dynamic_conv2d(
         bias: Bias (Cout,), or None.
         channels_last: Memory format of the output.
         recompute: Make the weights again in the backward pass instead of keeping them.
+        fused: On a GPU, compute by Triton's kernels where they can.
 
     Returns:
         Output (B, Cout, Hout, Wout), dtype of the input.
@@ -50,12 +51,11 @@ def dynamic_conv2d(
         out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
     else:
-        out = library.dynamic_conv2d(inputs, geometry, channels_last, recompute)
-        return out if bias is None else out.add_(bias.to(out.dtype)[:, None, None])
+        return library.dynamic_conv2d(inputs, geometry, bias, channels_last, recompute, fused)
 
 
 def modulate_bands(
-    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None, fused: bool
 ) -> Tensor:
     """Gates the frequency bands of a feature map place by place (Eq. 8-10).
 
@@ -65,6 +65,7 @@ def modulate_bands(
         bias: Its bias (bands,).
         cutoffs: Band limits as (numerator, denominator), widest first. The band below the last is left as it is.
         mask_grid: None, or the side of the official mask grid.
+        fused: On a GPU, compute by Triton's kernels where they can.
 
     Returns:
         Modulated map (B, C, H, W), dtype of `x`.
@@ -72,7 +73,7 @@ def modulate_bands(
     if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
         return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
     else:
-        return library.modulate_bands(x, weight, bias, cutoffs, mask_grid)
+        return library.modulate_bands(x, weight, bias, cutoffs, mask_grid, fused)
 
 
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:

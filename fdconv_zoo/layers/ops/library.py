@@ -5,8 +5,10 @@ is as large as the layer, so what is saved for the backward pass is the layer's 
 unless the weights are to be kept.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..fourier import GainMap
+from . import triton
+from .bank import bank_adjoint, make_bank
 from .eager import bands, conv, limits
 from .eager.weight import Made
 from .flops import flops_of
-from .types import Gates, Geometry, Inputs, Limits, Spectrum
+from .types import Gates, Geometry, Gradients, Inputs, Limits, Spectrum
 
 NO_SECOND_DERIVATIVES = (
     "FDConv's operators have no second derivatives; their plain operations have: "
@@ -39,15 +43,20 @@ class Call(NamedTuple):
     coefficients: Tensor
     gain_index: Tensor
     gain_tiles: Tensor
+    bank: Tensor | None
+    bias: Tensor | None
+    bank_version: int
     kernel_size: list[int]
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     channels_last: bool
     keep: bool
+    fused: bool
 
     @property
     def inputs(self) -> Inputs:
+        """The tensors by name, the spectrum in the precision of the transforms, with a bank if that is still true."""
         gates = Gates(
             bands=self.bands,
             channels=self.channels,
@@ -56,7 +65,13 @@ class Call(NamedTuple):
             local_input=self.local_input,
             local_weight=self.local_weight,
         )
-        return Inputs(self.x, gates, Spectrum(self.coefficients, GainMap(self.gain_index, self.gain_tiles)))
+        is_current = self.bank_version == -1 or self.bank_version == self.coefficients._version
+        spectrum = Spectrum(
+            self.coefficients.to(self.bands.dtype),
+            GainMap(self.gain_index, self.gain_tiles),
+            self.bank if is_current else None,
+        )
+        return Inputs(self.x, gates, spectrum)
 
     @property
     def geometry(self) -> Geometry:
@@ -68,6 +83,11 @@ class Call(NamedTuple):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
+    def by_triton(self) -> bool:
+        """Whether the kernels of a GPU compute."""
+        return self.fused and triton.is_supported(self.x, self.bands.dtype)
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         size = self.geometry.checked_output_size(self.x.shape[2], self.x.shape[3])
         return self.x.shape[0], self.coefficients.shape[0] // self.kernel_size[0], *size
@@ -76,6 +96,9 @@ class Call(NamedTuple):
 TENSORS = tuple(name for name, kind in Call.__annotations__.items() if kind in (Tensor, Tensor | None))
 # The gain map has no gradient.
 DIFFERENTIABLE = tuple(name for name in TENSORS if not name.startswith("gain_"))
+# A bank pays where it takes fewer transforms: n for its making, n for its gradient, against one for each sample, one
+# more for making the weights again and one for their gradient.
+TRANSFORMS_OF_BANK, TRANSFORMS_OF_SAMPLE = 2, 3
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -89,29 +112,63 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 # The convolution
 
 
-def dynamic_conv2d(inputs: Inputs, geometry: Geometry, channels_last: bool, recompute: bool) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` by its operator, without bias."""
+def dynamic_conv2d(
+    inputs: Inputs, geometry: Geometry, bias: Tensor | None, channels_last: bool, recompute: bool, fused: bool
+) -> Tensor:
+    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` by its operator."""
     left, right, top, bottom = geometry.padding
     if left != right or top != bottom:
         # Grouped convolutions pad both sides alike.
         inputs = inputs._replace(x=F.pad(inputs.x, geometry.padding))
         geometry = geometry._replace(padding=(0, 0, 0, 0))
-    x, gates, (coefficients, gain_map) = inputs
+    x, gates, spectrum = inputs
     if x.numel() == 0:
         # Nothing to convolve, but still a function of the input and the weight, as nn.Conv2d's output is.
         size = (max(side, 0) for side in geometry.output_size(x.shape[2], x.shape[3]))
-        nothing = x.sum() + coefficients.sum().to(x.dtype)
-        return nothing + x.new_zeros(len(x), len(coefficients) // geometry.kernel_size[0], *size)
-    tensors = (x, *gates, coefficients, *gain_map)
-    is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    keep = is_trained and not recompute
+        nothing = x.sum() + spectrum.coefficients.sum().to(x.dtype) + (0 if bias is None else bias.sum().to(x.dtype))
+        return nothing + x.new_zeros(len(x), len(spectrum.coefficients) // geometry.kernel_size[0], *size)
     with without_autocast(x):
-        return torch.ops.fdconv_zoo.dynamic_conv2d.default(*tensors, *geometry, channels_last, keep)[0]
+        if spectrum.bank is not None and spectrum.bank.dtype != x.dtype:
+            spectrum = spectrum._replace(bank=None, bank_version=-1)
+        if fused and spectrum.bank is None and wants_bank(inputs, geometry):
+            spectrum = with_bank(inputs, geometry)
+        tensors = (x, *gates, spectrum.coefficients, *spectrum.gain_map, spectrum.bank, bias)
+        is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        keep = is_trained and not recompute
+        return torch.ops.fdconv_zoo.dynamic_conv2d.default(
+            *tensors, spectrum.bank_version, *geometry, channels_last, keep, fused
+        )[0]
+
+
+def wants_bank(inputs: Inputs, geometry: Geometry) -> bool:
+    """Whether a bank takes fewer transforms than the samples would, on a device that mixes it, and fits there."""
+    x, gates, spectrum = inputs
+    batch, num_bands = gates.bands.shape
+    if not triton.is_supported(x, gates.bands.dtype):
+        return False
+    is_trained = torch.is_grad_enabled() and (gates.bands.requires_grad or spectrum.coefficients.requires_grad)
+    if is_trained:
+        pays = batch * TRANSFORMS_OF_SAMPLE >= num_bands * TRANSFORMS_OF_BANK
+    else:
+        pays = batch >= num_bands
+    elements = num_bands * len(spectrum.coefficients) * x.shape[1] * geometry.kernel_size[1]
+    return pays and triton.bank_fits(elements, x.dtype, x.device)
+
+
+def with_bank(inputs: Inputs, geometry: Geometry) -> Spectrum:
+    """The spectrum with its bank, through which its gradient then flows."""
+    x, gates, spectrum = inputs
+    bank = torch.ops.fdconv_zoo.bank.default(
+        spectrum.coefficients, *spectrum.gain_map, gates.bands.shape[1], x.shape[1] * geometry.kernel_size[1], x.dtype
+    )
+    return spectrum._replace(coefficients=spectrum.coefficients.detach(), bank=bank)
 
 
 def conv2d_by(device_limits: Limits, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Output, and the weights and their dense gate for the backward pass: empty where they are not kept."""
     output, kept = conv.forward(call.inputs, call.geometry, device_limits, call.channels_last, call.keep)
+    if call.bias is not None:
+        output.add_(call.bias.to(output.dtype)[:, None, None])
     if kept is None:
         return output, call.x.new_empty(0), call.x.new_empty(0)
     return output, kept.gated, call.x.new_empty(0) if kept.gate is None else kept.gate
@@ -133,8 +190,18 @@ def conv2d_backward_by(
         need_x=need["x"],
         need_spectrum=need["coefficients"],
     )
-    found = zip((grads.x, *grads.gates, grads.coefficients), needs, strict=True)
-    return [value.contiguous(memory_format=format_of(value, call)) for value, needed in found if needed]
+    return needed_gradients(grads, grad, needs, call)
+
+
+def needed_gradients(grads: Gradients, grad: Tensor, needs: list[bool], call: Call) -> list[Tensor]:
+    """What is needed of the gradients, and of that of the bias, as the operator returns it."""
+    grad_bias = grad.sum((0, 2, 3), dtype=call.bands.dtype) if needs[DIFFERENTIABLE.index("bias")] else None
+    values = (grads.x, *grads.gates, grads.coefficients, grads.bank, grad_bias)
+    return [
+        value.to(getattr(call, name).dtype).contiguous(memory_format=format_of(value, call))
+        for name, value, needed in zip(DIFFERENTIABLE, values, needs, strict=True)
+        if needed
+    ]
 
 
 def format_of(tensor: Tensor, call: Call) -> torch.memory_format:
@@ -153,6 +220,17 @@ def conv2d_elsewhere(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return conv2d_by(limits.OTHER, Call(*arguments))
 
 
+def conv2d_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution by Triton's kernels, where they are there for it."""
+    call = Call(*arguments)
+    if not call.by_triton:
+        return conv2d_by(limits.OTHER, call)
+    from .triton import conv as triton_conv
+
+    output, weights = triton_conv.forward(call.inputs, call.geometry, call.bias, call.channels_last, call.keep)
+    return output, call.x.new_empty(0) if weights is None else weights, call.x.new_empty(0)
+
+
 def conv2d_backward_on_cpu(
     grad: Tensor, gated: Tensor, gate: Tensor, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
@@ -167,6 +245,28 @@ def conv2d_backward_elsewhere(
     return conv2d_backward_by(limits.OTHER, grad, (gated, gate), needs, Call(*arguments))
 
 
+def conv2d_backward_on_gpu(
+    grad: Tensor, gated: Tensor, gate: Tensor, needs: list[bool], *arguments: Any
+) -> list[Tensor]:
+    """The backward pass by Triton's kernels, where they are there for it."""
+    call = Call(*arguments)
+    if not call.by_triton:
+        return conv2d_backward_by(limits.OTHER, grad, (gated, gate), needs, call)
+    from .triton import conv as triton_conv
+
+    inputs, need = call.inputs, dict(zip(DIFFERENTIABLE, needs, strict=True))
+    grads = triton_conv.backward(
+        inputs,
+        call.geometry,
+        grad,
+        gated if call.keep else None,
+        channels_last=call.channels_last,
+        need_x=need["x"],
+        need_spectrum=need["coefficients"] if inputs.spectrum.bank is None else need["bank"],
+    )
+    return needed_gradients(grads, grad, needs, call)
+
+
 def conv2d_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors in the shapes and memory formats of :func:`conv2d_by`."""
     call = Call(*arguments)
@@ -174,7 +274,10 @@ def conv2d_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     gated, gate = call.x.new_empty(0), call.x.new_empty(0)
     if call.keep:
         rows, columns = call.coefficients.shape[0], call.x.shape[1] * call.kernel_size[1]
-        gated = call.coefficients.new_empty(call.x.shape[0], rows, columns)
+        if call.by_triton:
+            filters, positions = rows // call.kernel_size[0], math.prod(call.kernel_size)
+            return output, call.x.new_empty(call.x.shape[0], filters, positions, call.x.shape[1]), gate
+        gated = call.bands.new_empty(call.x.shape[0], rows, columns)
         if call.local_weight is not None:
             gate = torch.empty_like(gated)
     return output, gated, gate
@@ -210,38 +313,116 @@ def conv2d_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tenso
     return tuple(found.get(name) for name in Call._fields)
 
 
+# The bank
+
+
+def bank_kernel(
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """:func:`~fdconv_zoo.layers.ops.bank.make_bank`."""
+    return make_bank(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns, dtype)
+
+
+def bank_fake(
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Empty tensor in the shape of the bank."""
+    return coefficients.new_empty(num_bands, len(coefficients), columns, dtype=dtype)
+
+
+def bank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps the gain map: the bank is linear in the coefficients."""
+    coefficients, *gain_map = inputs[:3]
+    ctx.save_for_backward(*gain_map)
+    ctx.dtype = coefficients.dtype
+
+
+def bank_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments."""
+    grad_coefficients = torch.ops.fdconv_zoo.bank_backward.default(grad, *ctx.saved_tensors, ctx.dtype)
+    return grad_coefficients, None, None, None, None, None
+
+
+def bank_backward_kernel(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`~fdconv_zoo.layers.ops.bank.bank_adjoint`, in the dtype of the coefficients."""
+    return bank_adjoint(grad, GainMap(gain_index, gain_tiles)).to(dtype)
+
+
+def bank_backward_fake(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty tensor in the shape of the coefficients' gradient."""
+    return grad.new_empty(grad.shape[1], grad.shape[2] // 2 + 1, 2, dtype=dtype)
+
+
 # The bands
 
 
 def modulate_bands(
-    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None, fused: bool
 ) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.modulate_bands` by its operator."""
     if x.numel() == 0:
         return x + (weight.sum() + bias.sum()).to(x.dtype)
     numbers = [number for fraction in cutoffs for number in fraction]
     with without_autocast(x):
-        return torch.ops.fdconv_zoo.modulate_bands.default(x, weight, bias, numbers, mask_grid)
+        return torch.ops.fdconv_zoo.modulate_bands.default(x, weight, bias, numbers, mask_grid, fused)
 
 
-def bands_on_cpu(*arguments: Any) -> Tensor:
-    """The bands on a CPU."""
-    return bands.forward(*arguments, limits=limits.CPU)
+def bands_by(
+    device_limits: Limits,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[int],
+    mask_grid: int | None,
+    fused: bool,
+) -> Tensor:
+    """The bands by PyTorch's operations."""
+    return bands.forward(x, weight, bias, cutoffs, mask_grid, limits=device_limits)
 
 
-def bands_elsewhere(*arguments: Any) -> Tensor:
-    """The bands on a device without an implementation of its own."""
-    return bands.forward(*arguments, limits=limits.OTHER)
+def bands_on_gpu(
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, fused: bool
+) -> Tensor:
+    """The bands by Triton's kernels, where they are there for it."""
+    if not fused or not triton.filters(x, mask_grid):
+        return bands.forward(x, weight, bias, cutoffs, mask_grid, limits=limits.OTHER)
+    from .triton import bands as triton_bands
+
+    return triton_bands.forward(x, weight, bias, cutoffs)
 
 
-def bands_backward_on_cpu(*arguments: Any) -> list[Tensor]:
-    """Their backward pass on a CPU."""
-    return bands.backward(*arguments, limits=limits.CPU)
+def bands_backward_by(
+    device_limits: Limits,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[int],
+    mask_grid: int | None,
+    fused: bool,
+    need_x: bool,
+) -> list[Tensor]:
+    """Their backward pass by PyTorch's operations."""
+    return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=device_limits)
 
 
-def bands_backward_elsewhere(*arguments: Any) -> list[Tensor]:
-    """Their backward pass on a device without an implementation of its own."""
-    return bands.backward(*arguments, limits=limits.OTHER)
+def bands_backward_on_gpu(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[int],
+    mask_grid: int | None,
+    fused: bool,
+    need_x: bool,
+) -> list[Tensor]:
+    """Their backward pass by Triton's kernels, where they are there for it."""
+    if not fused or not triton.filters(x, mask_grid):
+        return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=limits.OTHER)
+    from .triton import bands as triton_bands
+
+    grads = triton_bands.backward(grad, x, weight, bias, cutoffs, need_x)
+    return [value.contiguous() for value in grads]
 
 
 def bands_fake(x: Tensor, *unused: Any) -> Tensor:
@@ -250,8 +431,9 @@ def bands_fake(x: Tensor, *unused: Any) -> Tensor:
 
 
 def bands_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, need_x: bool
-) -> list[Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, fused: bool,
+    need_x: bool,
+) -> list[Tensor]:  # fmt: skip
     """Empty tensors in the shapes of the gradients."""
     wanted = (x, weight, bias) if need_x else (weight, bias)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted]
@@ -259,7 +441,7 @@ def bands_backward_fake(
 
 def bands_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the inputs; gates and filtered maps, several times as large, are made again."""
-    x, weight, bias, ctx.cutoffs, ctx.mask_grid = inputs
+    x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
@@ -269,9 +451,9 @@ def bands_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x = ctx.needs_input_grad[0]
     with without_autocast(grad):
         grads = torch.ops.fdconv_zoo.modulate_bands_backward.default(
-            grad, x, weight, bias, ctx.cutoffs, ctx.mask_grid, need_x=need_x
+            grad, x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused, need_x=need_x
         )
-    return *(grads if need_x else (None, *grads)), None, None
+    return *(grads if need_x else (None, *grads)), None, None, None
 
 
 # Registration
@@ -282,9 +464,9 @@ def refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVES)
 
 
-SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", list[int]: "int[]", bool: "bool"}
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", list[int]: "int[]", int: "int", bool: "bool"}
 CALL = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in Call.__annotations__.items())
-BANDS = "Tensor x, Tensor weight, Tensor bias, int[] cutoffs, int? mask_grid"
+BANDS = "Tensor x, Tensor weight, Tensor bias, int[] cutoffs, int? mask_grid, bool fused"
 
 
 class Operator(NamedTuple):
@@ -308,28 +490,47 @@ class Operator(NamedTuple):
 OPERATORS = {
     "dynamic_conv2d": Operator(
         f"({CALL}) -> (Tensor, Tensor, Tensor)",
-        {"cpu": conv2d_on_cpu, "default": conv2d_elsewhere},
+        {"cpu": conv2d_on_cpu, "cuda": conv2d_on_gpu, "default": conv2d_elsewhere},
         conv2d_fake,
         conv2d_backward,
         conv2d_setup,
     ),
     "dynamic_conv2d_backward": Operator(
         f"(Tensor grad, Tensor gated, Tensor gate, bool[] needs, {CALL}) -> Tensor[]",
-        {"cpu": conv2d_backward_on_cpu, "default": conv2d_backward_elsewhere},
+        {"cpu": conv2d_backward_on_cpu, "cuda": conv2d_backward_on_gpu, "default": conv2d_backward_elsewhere},
         conv2d_backward_fake,
+        refuse,
+        None,
+    ),
+    "bank": Operator(
+        "(Tensor coefficients, Tensor gain_index, Tensor gain_tiles, int num_bands, int columns, ScalarType dtype) -> "
+        "Tensor",
+        {"default": bank_kernel},
+        bank_fake,
+        bank_backward,
+        bank_setup,
+    ),
+    "bank_backward": Operator(
+        "(Tensor grad, Tensor gain_index, Tensor gain_tiles, ScalarType dtype) -> Tensor",
+        {"default": bank_backward_kernel},
+        bank_backward_fake,
         refuse,
         None,
     ),
     "modulate_bands": Operator(
         f"({BANDS}) -> Tensor",
-        {"cpu": bands_on_cpu, "default": bands_elsewhere},
+        {"cpu": partial(bands_by, limits.CPU), "cuda": bands_on_gpu, "default": partial(bands_by, limits.OTHER)},
         bands_fake,
         bands_backward,
         bands_setup,
     ),
     "modulate_bands_backward": Operator(
         f"(Tensor grad, {BANDS}, bool need_x) -> Tensor[]",
-        {"cpu": bands_backward_on_cpu, "default": bands_backward_elsewhere},
+        {
+            "cpu": partial(bands_backward_by, limits.CPU),
+            "cuda": bands_backward_on_gpu,
+            "default": partial(bands_backward_by, limits.OTHER),
+        },
         bands_backward_fake,
         refuse,
         None,
@@ -342,8 +543,13 @@ if not hasattr(torch.ops.fdconv_zoo, "dynamic_conv2d"):
     for name, operator in OPERATORS.items():
         full_name = f"fdconv_zoo::{name}"
         torch.library.define(full_name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
-        for key, kernel in operator.kernels.items():
+        kernels = operator.kernels
+        if triton.IS_INTERPRETED:
+            kernels = {**kernels, "cpu": kernels.get("cuda", kernels["default"])}
+        for key, kernel in kernels.items():
             torch.library.impl(full_name, key, kernel)
         torch.library.register_fake(full_name, operator.fake)
         torch.library.register_autograd(full_name, operator.backward, setup_context=operator.setup)
-        register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(flops_of(operator.kernels["cpu"]))
+        register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(
+            flops_of(operator.kernels.get("cpu", operator.kernels["default"]))
+        )

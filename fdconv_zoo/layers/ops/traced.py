@@ -22,7 +22,7 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
 
     Args:
         spectrum: Spectrum of a weight matrix.
-        gains: Gain of each group for each sample (B, n), dtype of the spectrum.
+        gains: Gain of each group for each sample (B, n), in the dtype to transform in.
         columns: Columns C of the weight matrix.
         for_onnx: Transform by products of matrices.
 
@@ -31,7 +31,9 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     """
     # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
     table = gain_table(gains, math.sqrt(0.5))
-    half = spectrum.coefficients * gather_gains(table, spectrum.gain_map, columns // 2 + 1).unsqueeze(-1)
+    half = spectrum.coefficients.to(gains.dtype) * gather_gains(table, spectrum.gain_map, columns // 2 + 1).unsqueeze(
+        -1
+    )
     if for_onnx:
         return inverse_rfft2(half, columns)
     lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()

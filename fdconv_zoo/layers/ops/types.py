@@ -35,12 +35,18 @@ class Spectrum(NamedTuple):
     """What FDW makes weights from (Sec. 3.1).
 
     Attributes:
-        coefficients: Parseval-scaled half spectrum (R, C//2+1, 2), float32 or float64.
+        coefficients: Parseval-scaled half spectrum (R, C//2+1, 2), in the dtype of the parameters.
         gain_map: Which gain each coefficient takes.
+        bank: The weight matrix of each group (n, R, C) in the dtype to convolve in, or None; where it is given, the
+            operators mix it instead of transforming each sample's spectrum.
+        bank_version: Version of the coefficients that a kept bank was made from; it is not used where they changed.
+            -1 for a bank that was made in this call.
     """
 
     coefficients: Tensor
     gain_map: GainMap
+    bank: Tensor | None = None
+    bank_version: int = -1
 
 
 class Inputs(NamedTuple):
@@ -64,11 +70,13 @@ class Gradients(NamedTuple):
         x: Of the input.
         gates: Of the gates.
         coefficients: Of the spectrum.
+        bank: Of the spectrum's bank.
     """
 
     x: Tensor | None
     gates: Gates
     coefficients: Tensor | None
+    bank: Tensor | None = None
 
 
 class Geometry(NamedTuple):

@@ -71,7 +71,8 @@ def layer_arguments(layer, x, channels_last, keep):
     gates = [None if gate is None else gate.detach() for gate in layer.ksm(x.mean((2, 3)))]
     geometry = layer.kernel_size, layer.stride, layer.pads, layer.dilation
     coefficients = spectrum.coefficients.detach().requires_grad_()
-    return x, *gates, coefficients, *spectrum.gain_map, *geometry, channels_last, keep
+    bank, bias = None, layer.bias.detach()
+    return x, *gates, coefficients, *spectrum.gain_map, bank, bias, -1, *geometry, channels_last, keep, True
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -95,7 +96,7 @@ def test_the_operator_of_the_bands_keeps_the_rules_of_operators(dtype, size, mas
     fbm = randomise(FBM(3, mask_grid=mask_grid))
     x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last).to(dtype).requires_grad_()
     cutoffs = [number for fraction in fbm.cutoffs for number in fraction]
-    torch.library.opcheck(torch.ops.fdconv_zoo.modulate_bands, (x, fbm.weight, fbm.bias, cutoffs, mask_grid))
+    torch.library.opcheck(torch.ops.fdconv_zoo.modulate_bands, (x, fbm.weight, fbm.bias, cutoffs, mask_grid, True))
 
 
 def test_large_weights_are_compiled_as_in_eager_mode():

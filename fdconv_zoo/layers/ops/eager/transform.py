@@ -68,7 +68,7 @@ class Transform:
         """
         if self.plan.packed:
             return self._unpack(gains, *self.factors)
-        coefficients, gain_map = self.spectrum
+        coefficients, gain_map = self.spectrum.coefficients, self.spectrum.gain_map
         half = gather_gains(complex_table(gains, math.sqrt(0.5)), gain_map, self.columns // 2 + 1)
         half *= torch.view_as_complex(coefficients)
         return torch.fft.irfft(torch.fft.ifft(half, dim=1, norm="ortho"), n=self.columns, dim=2, norm="ortho")
@@ -115,7 +115,7 @@ class Transform:
         Returns:
             Gradient of the gains (B, n).
         """
-        coefficients, gain_map = self.spectrum
+        coefficients, gain_map = self.spectrum.coefficients, self.spectrum.gain_map
         batch, bins = len(gains), 2 * gains.shape[1]
         sums = torch.zeros(batch * bins, device=gains.device, dtype=gains.dtype)
         # One flat index_add_ with an offset for each sample: along dim 1 it is ten times slower on a CPU.

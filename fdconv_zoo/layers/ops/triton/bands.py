@@ -1,0 +1,208 @@
+"""FBM's bands on a GPU: a kernel that filters and gates a map that fits a program, and its adjoint.
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.3)
+
+A low-pass is P_h x P_w with P a projection onto few frequencies, whose elements are a Dirichlet kernel of the distance:
+they are computed where they are used. A map is read once and written once. The gates' convolution is PyTorch's.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...low_pass import num_kept
+from . import LARGEST_SIDE
+from .launch import kernel, next_block, precision_of
+
+
+@triton.jit
+def projection(size, kept, BLOCK: tl.constexpr):
+    """Projection (BLOCK, BLOCK) of `size` pixels onto the frequencies below kept / 2: cosines summed in closed form."""
+    first, second = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    distance = tl.abs(first - second)
+    # Whole turns are dropped in integers, so that angles stay exact. sin(pi (kept-1) d / N) / sin(pi d / N) / N
+    functions = kept - 1
+    turn = (functions * distance) % (2 * size)
+    unit = 3.141592653589793 / size
+    below = tl.sin(distance.to(tl.float32) * unit)
+    above = tl.sin(turn.to(tl.float32) * unit)
+    on_diagonal = distance == 0
+    value = tl.where(on_diagonal, functions.to(tl.float32), above / tl.where(on_diagonal, 1.0, below))
+    inside = (first < size) & (second < size)
+    return tl.where(inside, value / size, 0.0)
+
+
+@triton.jit
+def low_pass(maps, height, width, kept_rows, kept_columns, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
+             BLOCK_W: tl.constexpr):  # fmt: skip
+    """Low-pass of a map (BLOCK_H, BLOCK_W)."""
+    half = tl.dot(maps, projection(width, kept_columns, BLOCK_W), input_precision=PRECISION)
+    return tl.dot(projection(height, kept_rows, BLOCK_H), half, input_precision=PRECISION)
+
+
+@triton.jit
+def load_gate(logits, offset, bias, inside):
+    """Gate of one band over a map, twice a sigmoid."""
+    return 2 * tl.sigmoid(tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32) + bias.to(tl.float32))
+
+
+@triton.jit
+def modulate_kernel(
+    out, x, logits, bias, kept, channels, height, width, logit_batch, logit_band, logit_pixel,
+    BANDS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One channel of one sample: the sum of the map and its low-passes times their factors (Eq. 9).
+
+    Low-passes are symmetric: the adjoint multiplies by the factors before them.
+    """
+    program = tl.program_id(0)
+    rows, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_W)[None, :]
+    inside = (rows < height) & (columns < width)
+    pixels, count = rows * width + columns, height * width
+    places = program.to(tl.int64) * count + pixels
+    maps = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    offset = (program // channels).to(tl.int64) * logit_batch + pixels * logit_pixel
+    gate = load_gate(logits, offset, tl.load(bias), inside)
+    total = maps * gate
+    for band in tl.static_range(BANDS):
+        if band + 1 < BANDS:
+            lower = load_gate(logits, offset + (band + 1) * logit_band, tl.load(bias + band + 1), inside)
+        else:
+            lower = tl.full((BLOCK_H, BLOCK_W), 1.0, tl.float32)
+        kept_rows, kept_columns = kept[2 * band], kept[2 * band + 1]
+        if ADJOINT:
+            total += low_pass(
+                maps * (lower - gate), height, width, kept_rows, kept_columns, PRECISION, BLOCK_H, BLOCK_W
+            )
+        else:
+            total += low_pass(maps, height, width, kept_rows, kept_columns, PRECISION, BLOCK_H, BLOCK_W) * (
+                lower - gate
+            )
+        gate = lower
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grad_factors_kernel(
+    out, grad, x, kept, channels, height, width, channel_blocks,
+    BANDS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Of one sample and CHANNELS channels, the sums over channels of the gradient times the map and its low-passes."""
+    program = tl.program_id(0)
+    sample, block = (program // channel_blocks).to(tl.int64), program % channel_blocks
+    rows, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_W)[None, :]
+    in_map = (rows < height) & (columns < width)
+    pixels, count = rows * width + columns, height * width
+    for part in tl.static_range(BANDS + 1):
+        total = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+        for number in range(CHANNELS):
+            channel = block * CHANNELS + number
+            inside = in_map & (channel < channels)
+            places = (sample * channels + channel) * count + pixels
+            maps = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+            if part > 0:
+                maps = low_pass(
+                    maps, height, width, kept[2 * part - 2], kept[2 * part - 1], PRECISION, BLOCK_H, BLOCK_W
+                )
+            total += maps * tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        target = (program.to(tl.int64) * (BANDS + 1) + part) * count + pixels
+        tl.store(out + target, total, mask=in_map)
+
+
+def sizes_kept(x: Tensor, cutoffs: list[int]) -> tuple[int, ...]:
+    """Rows and columns of functions that each low-pass of a map keeps, one after the other."""
+    pairs = zip(cutoffs[::2], cutoffs[1::2], strict=True)
+    return tuple(num_kept(size, *cutoff) for cutoff in pairs for size in x.shape[2:])
+
+
+def blocks(x: Tensor) -> dict[str, int | str]:
+    """Sizes and precision of a program, by the kernels' names for them."""
+    height, width = (next_block(side, 16, LARGEST_SIDE) for side in x.shape[2:])
+    return {"PRECISION": precision_of(x.dtype), "BLOCK_H": height, "BLOCK_W": width}
+
+
+def gate_bands_fake(x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool) -> Tensor:
+    """Empty tensor in the shape of the result of :func:`gate_bands`."""
+    return torch.empty_like(x)
+
+
+@kernel("(Tensor x, Tensor logits, Tensor bias, int[] cutoffs, bool adjoint) -> Tensor", gate_bands_fake)
+def gate_bands(x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool) -> Tensor:
+    """Gates the bands of a map.
+
+    Args:
+        x: Map (B, C, H, W), contiguous; for the adjoint, the gradient of the result.
+        logits: Of the gates (B, n, H, W) without bias, contiguous or channels_last.
+        bias: (n,).
+        cutoffs: Numerators and denominators, one after the other, widest first.
+        adjoint: Compute the gradient of the map, as far as it does not flow through the gates.
+    """
+    out = torch.empty_like(x)
+    batch, channels, height, width = x.shape
+    modulate_kernel[(batch * channels,)](
+        out, x, logits, bias, sizes_kept(x, cutoffs), channels, height, width, logits.stride(0), logits.stride(1),
+        logits.stride(3), BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
+    )  # fmt: skip
+    return out
+
+
+# Channels that a program sums over.
+CHANNELS = 16
+
+
+def grad_factors_fake(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
+    """Empty tensor in the shape of the result of :func:`grad_factors`."""
+    batch, channels, height, width = x.shape
+    shape = batch, triton.cdiv(channels, CHANNELS), len(cutoffs) // 2 + 1, height, width
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+@kernel("(Tensor grad, Tensor x, int[] cutoffs) -> Tensor", grad_factors_fake)
+def grad_factors(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
+    """Gradients of the factors of a map and of its low-passes, in parts of their sums over channels.
+
+    Args:
+        grad: Gradient (B, C, H, W) of the modulated map, contiguous.
+        x: The map, contiguous.
+        cutoffs: As for :func:`gate_bands`.
+
+    Returns:
+        Parts (B, parts, n + 1, H, W) in float32.
+    """
+    out = grad_factors_fake(grad, x, cutoffs)
+    batch, channels, height, width = x.shape
+    grad_factors_kernel[(batch * out.shape[1],)](
+        out, grad, x, sizes_kept(x, cutoffs), channels, height, width, out.shape[1], BANDS=len(cutoffs) // 2,
+        CHANNELS=CHANNELS, **blocks(x),
+    )  # fmt: skip
+    return out
+
+
+def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits (B, n, H, W) of the gates without their bias (Eq. 10), contiguous or channels_last."""
+    logits = F.conv2d(x, weight.to(x.dtype), padding=1)
+    is_dense = logits.is_contiguous() or logits.is_contiguous(memory_format=torch.channels_last)
+    return logits if is_dense else logits.contiguous()
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int]) -> Tensor:
+    """:func:`fdconv_zoo.layers.ops.modulate_bands` for maps that fit a program; the cutoffs are flat."""
+    return gate_bands(x.contiguous(), gate_logits(x, weight), bias, cutoffs, False)
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], need_x: bool) -> list[Tensor]:
+    """Gradients of the map, if needed, the weight and the bias of :func:`forward`, given that of its output."""
+    maps, slope, logits = x.contiguous(), grad.contiguous(), gate_logits(x, weight)
+    by_factor = grad_factors(slope, maps, cutoffs).sum(1)
+    gates = 2 * torch.sigmoid(logits.float() + bias.float()[:, None, None])
+    grad_logits = (by_factor[:, :-1] - by_factor[:, 1:]) * gates * (1 - gates / 2)
+    through_gates, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_logits.to(x.dtype), x, weight.to(x.dtype), None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
+        (need_x, True, False),
+    )  # fmt: skip
+    grads = [grad_weight.to(weight.dtype), grad_logits.sum((0, 2, 3)).to(bias.dtype)]
+    if not need_x:
+        return grads
+    return [gate_bands(slope, logits, bias, cutoffs, True).add_(through_gates), *grads]

@@ -1,0 +1,40 @@
+"""What all kernels share: sizes of their blocks, precision of their products, and their names as operators.
+
+Each kernel is an operator of its own, called by the operators of the layers: fake tensors pass through without a GPU,
+and what a kernel reads and writes can be counted from its arguments.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def next_block(count: int, least: int, most: int) -> int:
+    """The power of two from `least` to `most` that a count fits in best."""
+    return max(least, min(most, 1 << max(count - 1, 0).bit_length()))
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Precision of products: float32 is exact unless torch.set_float32_matmul_precision allows TF32."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def kernel(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that makes a launcher an operator, `fdconv_zoo::<its name>`.
+
+    Args:
+        schema: Arguments and results, as torch.library.define takes them.
+        fake: Makes empty tensors in the shapes of the results.
+    """
+
+    def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"fdconv_zoo::{launcher.__name__}"
+        # A second import of the package keeps the operators of the first.
+        if not hasattr(torch.ops.fdconv_zoo, launcher.__name__):
+            torch.library.define(name, schema)
+            torch.library.impl(name, "default", launcher)
+            torch.library.register_fake(name, fake)
+        return getattr(torch.ops.fdconv_zoo, launcher.__name__).default
+
+    return register

@@ -1,0 +1,173 @@
+"""Whole layers by Triton's kernels, forward and every gradient, against the literal equations."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.layers.ops import triton
+from fdconv_zoo.layers.ops.triton import conv
+from tests.compare import assert_matches, randomise, relative_error
+from tests.layers.fdconv_configs import CONFIGS, layer_and_input, reference_of
+from tests.layers.test_golden import GOLDEN, below, load, spectrum_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the passes that the kernels computed."""
+    made = []
+    for name in ("forward", "backward"):
+        original = getattr(conv, name)
+        monkeypatch.setattr(conv, name, lambda *a, _n=name, _f=original, **k: made.append(_n) or _f(*a, **k))
+    return made
+
+
+# Each thing that the kernels treat apart; the interpreter is slow, and the others wait for `make test-slow`.
+QUICK = [
+    "3x3", "3x3 stride", "2x3 same", "3x3 dilations, large map", "1x1 odd", "1x1 stride and padding", "1x3",
+    "more samples than groups", "one channel", "one filter", "no ksm", "fdw only",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+)
+def test_conv_matches_the_reference(name, calls):
+    config = CONFIGS[name]
+    layer, x = layer_and_input(config, torch.float32)
+    assert_matches(layer.eval(), x, reference_of(layer, config), tol=2e-5)
+    assert calls == ["forward", "backward"]
+
+
+@pytest.mark.slow
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_conv_matches_the_reference_on_random_configurations(data):
+    draw = data.draw
+    pair = partial(st.tuples, *(2 * [st.integers(1, 3)]))
+    kernel, stride, dilation = draw(pair()), draw(pair()), draw(pair())
+    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    in_channels, out_channels = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    batch, height, width = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    extents = [n + 2 * p - d * (k - 1) for n, p, d, k in zip((height, width), padding, dilation, kernel, strict=True)]
+    assume(min(extents) >= 1)
+    coefficients = out_channels * kernel[0] * (in_channels * kernel[1] // 2 + 1)
+    keywords = {"stride": stride, "padding": padding, "dilation": dilation, "bias": draw(st.booleans())}
+    keywords |= {"num_bands": draw(st.integers(1, min(coefficients, 64))), "ksm": draw(st.booleans())}
+    config = (in_channels, out_channels, kernel, keywords, (batch, height, width))
+    torch.manual_seed(0)
+    layer, x = layer_and_input(config, torch.float32, recompute=draw(st.booleans()))
+    assert_matches(layer.eval(), x, reference_of(layer, config), tol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_output_and_every_gradient_are_the_official_ones(path):
+    layer, tensors = load(path)
+    x = tensors["input"].requires_grad_()
+    output = layer(x)
+    grads = torch.autograd.grad(output, [x, layer.fdw.spectrum], tensors["grad_output"])
+    assert relative_error(output, tensors["output"]) < 1e-4
+    assert relative_error(grads[0], tensors["grad_input"]) < 1e-4
+    expected = spectrum_gradient(layer, below("grad.", tensors)["dft_weight"])
+    assert relative_error(grads[1], expected) < 1e-4
+
+
+def gradients_of(layer, x):
+    x = x.detach().requires_grad_()
+    output = layer(x)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(output.shape, generator=generator).to(output.dtype)
+    return output, torch.autograd.grad(output, [x, *(p for p in layer.parameters() if p.requires_grad)], direction)
+
+
+def assert_as_without_kernels(layer, x, tol):
+    """Output and gradients against PyTorch's operations, in float64."""
+    found = gradients_of(layer, x)
+    dtypes = [parameter.dtype for parameter in layer.parameters()]
+    wide = layer.double()
+    expected = gradients_of(wide, x.double())
+    assert len(dtypes) == len(list(wide.parameters()))
+    for value, wanted in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert value.isfinite().all()
+        assert relative_error(value, wanted) < tol
+
+
+@pytest.mark.parametrize("num_bands", [4, 16], ids=["bank", "transforms"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_half_precision(kernel, dtype, num_bands):
+    layer = randomise(FDConv2d(18, 6, kernel, padding=kernel // 2, num_bands=num_bands)).eval()
+    x = torch.randn(6, 18, 7, 6).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        found = layer(x)
+    assert found.dtype == dtype
+    assert_as_without_kernels(layer.to(dtype), x, 0.04 if dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"ksm": False}, {"recompute": False}])
+@pytest.mark.parametrize("num_bands", [3, 40], ids=["bank", "transforms"])
+def test_samples_in_chunks(num_bands, keywords, monkeypatch):
+    for name in ("MIXED", "TRANSFORMED"):
+        monkeypatch.setattr(conv, name, 2 * 17 * 4 * 2)
+    layer = randomise(FDConv2d(17, 4, (1, 2), padding="same", num_bands=num_bands, **keywords)).eval()
+    assert_as_without_kernels(layer, torch.randn(3, 17, 5, 6), 1e-4)
+
+
+@pytest.mark.parametrize("num_bands", [2, 30])
+def test_channels_last_slices_and_frozen_parts(num_bands):
+    layer = randomise(FDConv2d(18, 4, 2, padding=1, stride=2, num_bands=num_bands)).eval()
+    whole = torch.randn(4, 40, 9, 8).contiguous(memory_format=torch.channels_last)
+    assert layer(whole[:, :18].contiguous(memory_format=torch.channels_last)).is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert_as_without_kernels(layer, whole[:, 3:21], 1e-4)
+    layer = randomise(FDConv2d(18, 4, 2, padding=1, num_bands=num_bands)).eval()
+    layer.fdw.spectrum.requires_grad_(False)
+    layer.bias.requires_grad_(False)
+    assert_as_without_kernels(layer, whole[::2, :18], 1e-4)
+
+
+def test_tokens():
+    layer = randomise(FDLinear(24, 5, num_bands=3)).eval()
+    assert_as_without_kernels(layer, torch.randn(4, 5, 3, 24), 1e-4)
+
+
+def test_a_bank_that_does_not_fit_is_not_made(monkeypatch):
+    layer, x = randomise(FDConv2d(18, 5, 1, num_bands=2)).eval(), torch.randn(4, 18, 5, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(triton, "free_memory", lambda device: 0)
+        monkeypatch.setattr(torch.ops.fdconv_zoo, "bank", None)
+        assert relative_error(layer(x), expected) < 1e-5
+
+
+def test_kept_banks_are_used_and_given_up(monkeypatch):
+    layer, x = randomise(FDConv2d(18, 3, 2, num_bands=4)).eval(), torch.randn(4, 18, 5, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.fdw.keep_bank(torch.float32)
+        assert relative_error(layer(x), expected) < 1e-5
+        kept = layer.fdw.kept_bank.matrices
+        kept.zero_()
+        assert (layer(x) - layer.bias[:, None, None]).abs().max() == 0
+        layer.fdw.spectrum.mul_(1)
+        assert relative_error(layer(x), expected) < 1e-5  # the version changed
+        for give_up in (
+            lambda: layer.train().eval(),
+            lambda: layer.double().float(),
+            lambda: layer.load_state_dict(layer.state_dict()),
+        ):
+            layer.fdw.keep_bank(torch.float32)
+            give_up()
+            assert layer.fdw.kept_bank is None
+        layer.fdw.keep_bank(torch.bfloat16)
+        assert relative_error(layer(x), expected) < 1e-5
+    x.requires_grad_()
+    layer.fdw.keep_bank(torch.float32)
+    assert torch.autograd.grad(layer(x).sum(), layer.fdw.spectrum)[0].abs().max() > 0
