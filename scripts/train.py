@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
 from training.log import RunLog
 from training.run import Run
+from training.workers import workers_end
 
 _logger = logging.getLogger("train")
 
@@ -158,24 +160,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     env = init_distributed_device_so(device_name, dist_backend=backend)
     rank = env["global_rank"]
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    orderly = False
     try:
-        with StopSignals() as stop:
+        with workers_end(), StopSignals() as stop:
             try:
                 run = create_run(args, torch.device(env["device"]), rank, env["world_size"], stop)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
                 raise fail("train.py", error) from error
             run.fit()
+        orderly = True
         if rank == 0:
             best = run.progress
             _logger.info(f"done: best {args.eval_metric} {best.best_metric} in epoch {best.best_epoch}, {args.output}")
     except (CheckpointError, DivergedError) as error:
         raise fail("train.py", error) from error
     except StoppedError as stopped:
+        orderly = True
         if rank == 0:
             _logger.info(f"{stopped} and saved; go on with --resume")
         sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        _logger.warning("ended at once; --resume goes on from the last save, if there was one")
+        sys.exit(128 + signal.SIGINT)
     finally:
-        if dist.is_initialized():
+        # After an error the others may wait for this process: its end is what tells them, an agreement would hang.
+        if orderly and dist.is_initialized():
             dist.destroy_process_group()
 
 
