@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fdconv_zoo  # noqa: F401, registers the models
 from common.command_line import fail
-from common.models import build_model, expand_names, read_checkpoint
+from common.models import build_model, expand_names
+from common.weights import read_checkpoint
 
 DESCRIPTION = "Export a model to ONNX, an exported program or TorchScript, and check the file against the model."
 EXAMPLES = """examples:
