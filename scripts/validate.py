@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def prepare(
         device=device,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
-        collate_fn=None if stream else collate_readable,
+        collate_fn=None if stream else partial(collate_readable, channels=config["input_size"][0]),
         **config,
     )
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)

@@ -160,9 +160,9 @@ class ReadableImages(Dataset):
             return None
 
 
-def collate_readable(samples: list[tuple[Any, int] | None]) -> tuple[Tensor, Tensor]:
+def collate_readable(samples: list[tuple[Any, int] | None], channels: int) -> tuple[Tensor, Tensor]:
     """timm's collation without the images that can't be read; a batch of length 0 where none can."""
     readable = [sample for sample in samples if sample is not None]
     if not readable:
-        return torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
     return fast_collate(readable)

@@ -201,7 +201,7 @@ class ValidationLoader:
             batch_size=args.validation_batch_size or args.batch_size,
             sampler=range(rank, len(dataset), world_size) if self.readable else None,
             num_workers=args.workers,
-            collate_fn=collate_readable,
+            collate_fn=partial(collate_readable, channels=data_config["input_size"][0]),
             pin_memory=device.type == "cuda",
             worker_init_fn=partial(_init_worker, skipped=multiprocessing.Value("q", 0)),
             generator=torch.Generator(),  # its own: starting the workers must not advance the run's random state

@@ -53,8 +53,8 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Data
             "give --num-classes with a checkpoint, or --class-map"
         )
     if tell:
-        if isinstance(reader, FolderReader) and reader.ignored:
-            print(reader.describe(), file=sys.stderr)
+        if isinstance(reader, FolderReader) and dataset.reader.ignored:
+            print(dataset.reader.describe(), file=sys.stderr)
         if numbers is None and labels and len(labels) < model.num_classes:
             print(
                 f"warning: the model has {model.num_classes} outputs, the data {len(labels)} classes, taken for the "

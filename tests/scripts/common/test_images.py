@@ -1,6 +1,7 @@
 """Images are decoded to the right 8 bits, left out by name, or refused."""
 
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from common.image_folders import FolderReader
 from common.images import CorruptImageError, ImageSet, ReadableImages, UnusableImagesError, collate_readable, load_image
+
+collate = partial(collate_readable, channels=3)
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
@@ -54,14 +57,14 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, workers):
     (tmp_path / "b" / "0.png").write_bytes(whole[: len(whole) // 2])
     images = ReadableImages(ImageSet(FolderReader(tmp_path)))
     images.transform = pil_to_tensor
-    loader = DataLoader(images, batch_size=2, num_workers=workers, collate_fn=collate_readable)
+    loader = DataLoader(images, batch_size=2, num_workers=workers, collate_fn=collate)
     batches = list(loader) + list(loader)
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 1] * 2
     assert images.corrupt.names() == ["a/1.png", "b/0.png"]
 
 
 def test_a_batch_without_a_readable_image_is_empty():
-    images, labels = collate_readable([None, None])
+    images, labels = collate([None, None])
     assert len(images) == len(labels) == 0
 
 
