@@ -7,17 +7,19 @@ import lightning as L
 
 
 class LossLines(L.Callback):
-    """Prints the updates, the loss and the rate at Lightning's interval of logging, in the first process."""
+    """Prints updates, loss and rate, of each epoch's first and last update and at Lightning's interval of logging."""
 
     def __init__(self) -> None:
         self._told = 0
+        self._epoch = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         if not trainer.is_global_zero or step == self._told:  # accumulated passes make no update
             return
-        if step % trainer.log_every_n_steps == 0 or trainer.is_last_batch:
-            self._told = step
+        first = trainer.current_epoch != self._epoch
+        if first or step % trainer.log_every_n_steps == 0 or trainer.is_last_batch:
+            self._told, self._epoch = step, trainer.current_epoch
             loss = trainer.callback_metrics.get("train/loss")
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             shown = "" if loss is None else f"  loss {loss:.4f}"
