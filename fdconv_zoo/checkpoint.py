@@ -11,6 +11,8 @@ __all__ = ["describe_misfits", "strip_prefixes"]
 # Of DDP, torch.compile, Lightning modules, averaged models, and modules that hold a backbone under a usual name.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.", "ema.", "net.", "network.", "backbone.", "encoder.")
 EXTRA = ("n_averaged",)  # the counter of torch's AveragedModel
+# Missing from checkpoints of before torch 0.4.1, and of before layers kept their options beside their weights.
+OPTIONAL = ("num_batches_tracked", "band_options.values")
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -38,8 +40,7 @@ def describe_misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> str:
         model: What they are for.
     """
     own = model.state_dict()
-    # Checkpoints from before torch 0.4.1 have no num_batches_tracked.
-    missing = [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")]
+    missing = [key for key in own if key not in state_dict and not key.endswith(OPTIONAL)]
     unexpected = [key for key in state_dict if key not in own]
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"

@@ -145,7 +145,10 @@ def read_weights(path: Path, name: str, **model_args: Any) -> Release:
     state = strip_prefixes(load_state_dict(str(path)), model)
     if misfits := describe_misfits(state, model):
         raise ValueError(f"{path} does not fit {name}: {misfits}")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of layers that were saved with other options
+        raise ValueError(f"{path} does not fit {name}: {error}") from error
     cfg = model.pretrained_cfg
     return Release(
         model.eval(),

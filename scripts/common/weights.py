@@ -84,6 +84,9 @@ def load_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights into a model; a static model's are moved into the Fourier domain for an FDConv model.
 
     Raises:
-        ValueError: They do not fit; names some keys and the likely cause.
+        ValueError: They do not fit; names some keys and the likely cause, or the options they were saved with.
     """
-    model.load_state_dict(fit_checkpoint(model, state_dict), strict=False)
+    try:
+        model.load_state_dict(fit_checkpoint(model, state_dict), strict=False)
+    except RuntimeError as error:  # of layers that were saved with other options
+        raise ValueError(f"the checkpoint does not fit: {error}") from None
