@@ -93,6 +93,7 @@ def create_task(args: argparse.Namespace, device: torch.device, resumed: bool) -
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     if args.torchcompile:
+        _logger.info(f"compiling with {args.torchcompile}: the first update takes a minute or several")
         task.compile(backend=args.torchcompile)
         task.compile_ema(backend=args.torchcompile)
     return task

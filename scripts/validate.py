@@ -128,6 +128,7 @@ def prepare(
     if args.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     if args.torchcompile:
+        print(f"compiling {name} with {args.torchcompile}: the first batch takes a minute or several", file=sys.stderr)
         model = torch.compile(model, backend=args.torchcompile)
     return model, loader, facts
 
