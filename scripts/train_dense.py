@@ -19,7 +19,7 @@ try:
     from timm.layers import freeze_batch_norm_2d
     from torch.utils.data import DataLoader, Dataset, Subset
 
-    import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
+    from common.models import check_name, unavailable
     from common.recipes import save_args
     from common.sampler import SeededDataset
     from dense.coco import coco_boxes, collate
@@ -35,6 +35,7 @@ try:
         StopAfterBatch,
         read_progress,
     )
+    from fdconv_zoo import PretrainedError
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -201,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if steps >= args.steps if args.steps else epochs >= args.epochs:
             print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
             return
+        check_name(args.backbone)
         train_set, val_set = create_datasets(args)
         if not resumed:
             tell_and_check(args, train_set, val_set)
@@ -227,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file=sys.stderr,
             )
         sys.exit(128 + signal.Signals[name])
+    except PretrainedError as error:
+        raise fail("train_dense.py", unavailable(error, "--initial-checkpoint")) from error
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:

@@ -123,7 +123,17 @@ def build_model(
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
-        raise UnavailableError(
-            f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: {option} FILE, a mirror "
-            "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
-        ) from error
+        raise unavailable(error, option) from error
+
+
+def unavailable(error: Exception, option: str) -> UnavailableError:
+    """The error for weights that are not to be had, with ways out that a command has.
+
+    Args:
+        error: Why.
+        option: The command's option for a file of weights.
+    """
+    return UnavailableError(
+        f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: {option} FILE, a mirror "
+        "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
+    )

@@ -6,12 +6,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from timm.data import ImageDataset, ImageNetInfo, create_dataset, infer_imagenet_subset
+from timm.data import (
+    ImageDataset,
+    ImageNetInfo,
+    add_img_extensions,
+    create_dataset,
+    get_img_extensions,
+    infer_imagenet_subset,
+)
 from timm.data.readers.class_map import load_class_map
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.image_folders import FolderReader, find_split_or_root
+from common.image_folders import ENDINGS, FolderReader, find_split_or_root
 from common.images import ImageSet, load_image
 
 CLASSES_FILE = "classes.txt"  # train.py leaves it beside its checkpoints
@@ -95,6 +102,8 @@ def _open_named(args: argparse.Namespace) -> Callable[[Mapping[str, int] | None]
     )
     if args.dataset.lower() in ("torch/image_folder", "torch/folder"):
         create = partial(create, root=_split_folder(args), search_split=False, loader=partial(load_image, mode="RGB"))
+
+    add_img_extensions(tuple(ENDINGS - get_img_extensions(as_set=True)))  # for timm's reader of tar files
 
     def open_numbered(numbers: Mapping[str, int] | None) -> Dataset:
         dataset = create(class_map=dict(numbers) if numbers else None)

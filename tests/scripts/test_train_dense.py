@@ -219,6 +219,16 @@ def test_a_head_that_cannot_take_the_backbone_is_one_line(data, tmp_path):
     assert "deeplabv3plus dilates its backbone, which swin_tiny_patch4_window7_224 can't be: --head upernet" in message
 
 
+def test_a_backbone_that_is_not_to_be_had_is_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    options = ["--head", "upernet", *SMALL, *masks(data), "--output", str(tmp_path / "run")]
+    assert "unknown model resnet18_fdconf, did you mean" in error_of([*options, "--backbone", "resnet18_fdconf"])
+    detector = ["--head", "faster_rcnn", *SMALL, *boxes(data), "--output", str(tmp_path / "run"), "--pretrained"]
+    message = error_of([*detector, "--backbone-kwargs", "num_bands=8"])
+    assert "Without a network: --initial-checkpoint FILE" in message and "pretrained_cfg_overlay" not in message
+
+
 HELP_WITHOUT = """
 import runpy, sys
 sys.modules["lightning"] = None

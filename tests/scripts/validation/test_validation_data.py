@@ -2,11 +2,12 @@
 
 import csv
 import json
+import tarfile
 
 import pytest
 import timm
 import torch
-from image_files import write_images
+from image_files import write_images, write_sixteen_bits
 from safetensors.torch import save, save_file
 
 from tests.fakehub import FakeHub, as_endpoint
@@ -61,6 +62,16 @@ def test_unknown_classes_are_refused(tmp_path, run):
     (tmp_path / "map.txt").write_text("cow\n")
     with pytest.raises(SystemExit, match=r"1 classes of the data are not in .*map\.txt: dog"):
         measure(data, run, "--class-map", tmp_path / "map.txt")
+
+
+def test_a_tar_file_has_the_formats_and_numbers_of_a_folder(tmp_path, run):
+    data = write_images(tmp_path / "data", "bee", "cow", count=3, ending=".webp")
+    write_sixteen_bits(data / "cow" / "deep.tif", 40000)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(data, ".")
+    for source in (data, tmp_path / "data.tar"):
+        row = measure(source, run)
+        assert (row["images"], row["top1"]) == (7, pytest.approx(100 * 4 / 7))
 
 
 def test_a_missing_split_is_an_error(tmp_path, run):
