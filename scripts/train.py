@@ -19,6 +19,7 @@ from torch import nn
 
 from common.checkpoint import STATE_FILE, CheckpointError, load_state
 from common.command_line import check_device, fail
+from common.image_folders import CLASSES_FILE
 from common.images import UnusableImagesError
 from common.loop import DivergedError
 from common.models import build_model, check_image_size, check_name
@@ -31,7 +32,7 @@ from common.weights import load_checkpoint, read_checkpoint
 from fdconv_zoo.checkpoint import strip_prefixes
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, ValidationLoader
-from training.datasets import CLASSES_FILE, check_classes, class_names, create_datasets
+from training.datasets import check_classes, class_names, create_datasets
 from training.log import RunLog
 from training.run import Run
 from training.workers import workers_end

@@ -11,6 +11,8 @@ from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 ENDINGS = frozenset(IMG_EXTENSIONS)
+# In a run's directory: the name of each output a line, as --class-map reads it.
+CLASSES_FILE = "classes.txt"
 # Names of one split, as timm takes them for the same.
 SYNONYMS = (
     ("train", "training"),
@@ -64,6 +66,7 @@ class FolderReader(Reader):
     Attributes:
         samples: Path and label of each image.
         class_to_idx: Numbers of the classes.
+        missing: Classes with a number and no image.
         ignored: Files that are not read, by ending.
 
     Raises:

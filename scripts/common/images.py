@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,7 +28,7 @@ class CorruptImageError(OSError):
     """An image can't be decoded; the message names it."""
 
 
-def decode_image(file: BinaryIO, mode: str, name: str) -> Image.Image:
+def decode_image(file: BinaryIO, mode: str, name: Callable[[], str]) -> Image.Image:
     """Decode an image to 8 bits a channel; of 16-bit greys the whole range becomes 0 to 255.
 
     Pillow's own conversion would cut 16-bit values off at 255 and round floats in [0, 1] to black.
@@ -35,7 +36,7 @@ def decode_image(file: BinaryIO, mode: str, name: str) -> Image.Image:
     Args:
         file: The encoded image.
         mode: Pillow's name of the wanted channels, `RGB` or `L`.
-        name: For errors.
+        name: Tells the image's name, for errors: some data sets read a whole sample for it.
 
     Raises:
         CorruptImageError: The image can't be decoded.
@@ -45,11 +46,11 @@ def decode_image(file: BinaryIO, mode: str, name: str) -> Image.Image:
         image = Image.open(file)
         image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise CorruptImageError(f"{name}: {error}") from error
+        raise CorruptImageError(f"{name()}: {error}") from error
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if image.mode in ("F", "I") and not sixteen_bits:
         raise UnusableImagesError(
-            f"{name} has {'floating-point' if image.mode == 'F' else '32-bit integer'} pixels, whose black and white "
+            f"{name()} has {'floating-point' if image.mode == 'F' else '32-bit integer'} pixels, whose black and white "
             "nobody knows: save it with 8 or 16 bits"
         )
     if sixteen_bits:
@@ -60,7 +61,7 @@ def decode_image(file: BinaryIO, mode: str, name: str) -> Image.Image:
 def load_image(path: str, mode: str) -> Image.Image:
     """Decode the image in a file, see :func:`decode_image`; for torchvision's data sets."""
     with open(path, "rb") as file:
-        return decode_image(file, mode, path)
+        return decode_image(file, mode, lambda: path)
 
 
 class ImageSet(Dataset):
@@ -90,12 +91,12 @@ class ImageSet(Dataset):
         """
         file, label = self.reader[index]
         with file:
-            image = decode_image(file, self.mode, self.filename(index))
+            image = decode_image(file, self.mode, partial(self.filename, index))
         return image if self.transform is None else self.transform(image), -1 if label is None else label
 
     def filename(self, index: int) -> str:
-        """Path of an image, within the folder or the data set."""
-        return str(self.reader.filename(index))
+        """Path of an image, within the folder or the data set; its index where it has none."""
+        return str(self.reader.filename(index) or f"index {index}")
 
 
 class CorruptImages:

@@ -17,7 +17,6 @@ from common.image_folders import FolderReader, find_split
 from common.images import ImageSet, load_image
 
 IMAGENET_IMAGES = 1_281_167
-CLASSES_FILE = "classes.txt"  # in a run's directory: the name of each output a line, as --class-map reads it
 _logger = logging.getLogger("train")
 
 

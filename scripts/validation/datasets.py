@@ -18,10 +18,8 @@ from timm.data.readers.class_map import load_class_map
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.image_folders import ENDINGS, FolderReader, find_split_or_root
+from common.image_folders import CLASSES_FILE, ENDINGS, FolderReader, find_split_or_root
 from common.images import ImageSet, load_image
-
-CLASSES_FILE = "classes.txt"  # train.py leaves it beside its checkpoints
 
 
 def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Dataset:
