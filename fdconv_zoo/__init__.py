@@ -10,6 +10,7 @@ from .convert import (
 )
 from .default_cfgs import static_name
 from .layers import FDConv2d, FDLinear
+from .modulation import freeze_static, modulation_parameters
 from .pretrained import PretrainedError
 from .version import __version__
 
@@ -26,7 +27,9 @@ __all__ = [
     "fdconv_mobilenet",
     "fdconv_resnet",
     "fdconv_swin",
+    "freeze_static",
     "keep_banks",
+    "modulation_parameters",
     "static_name",
     "summary",
 ]

@@ -1,13 +1,14 @@
 """What the registered models share: their class, and building them the way timm does with verified weights."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from .convert import convert_to_fdconv
+from .checkpoint import describe_misfits
+from .convert import convert_static_state_dict, convert_to_fdconv, named_fd_layers
 from .pretrained import resolve_pretrained
 
 
@@ -32,6 +33,19 @@ class FDConvModel(nn.Module):
         chosen, rest = self._split_options(kwargs)
         super().__init__(*args, **rest)
         convert_to_fdconv(self, include=self._include, **{**self.defaults, **chosen})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> NamedTuple:
+        """As of any module; a static model's weights, as `create_model(checkpoint_path=...)` hands over, are converted.
+
+        Raises:
+            RuntimeError: The state dict does not fit.
+        """
+        if any(f"{name}.weight" in state_dict for name, _ in named_fd_layers(self)):
+            try:
+                state_dict = convert_static_state_dict(state_dict, self)
+            except ValueError:  # it lists every key
+                raise RuntimeError(f"the state dict does not fit: {describe_misfits(state_dict, self)}") from None
+        return super().load_state_dict(state_dict, strict, assign)
 
     @staticmethod
     def _include(name: str, module: nn.Module) -> bool:

@@ -49,6 +49,12 @@ def card_metadata(release: Release, repo: str) -> ModelCardData:
     )
 
 
+def _describe_classes(count: int, names: tuple[str, ...]) -> str:
+    """Their number, and the first names; all of them are in config.json."""
+    shown = ", ".join(names[:20]).replace("|", "\\|")
+    return f"{count}: {shown}{', ...' if len(names) > 20 else ''}" if names else str(count)
+
+
 def render_card(release: Release, repo: str, sha256: str) -> str:
     """The whole README.md.
 
@@ -67,13 +73,17 @@ def render_card(release: Release, repo: str, sha256: str) -> str:
         )
     elif release.base_model:
         origin = f"Fine-tuned from {base}."
-    else:
+    elif release.start == "random":
         origin = "Trained from scratch."
+    elif release.start:
+        origin = "Fine-tuned from weights that are in no repository."
+    else:
+        origin = "What these weights were trained from is not known."
     facts = {
         "Architecture": f"`{release.name}`",
         "Parameters": f"{parameters / 1e6:.2f} M",
         "Input": f"{size}, {release.data_config['interpolation']}, crop {release.data_config['crop_pct']}",
-        "Classes": str(model.num_classes),
+        "Classes": _describe_classes(model.num_classes, release.label_names),
         "Training data": ", ".join(release.datasets),
         **{METRICS[name]: f"{value:.2f} %" for name, value in release.results.items()},
         **{f"`{key}`": f"`{value}`" for key, value in release.recipe.items()},

@@ -55,10 +55,16 @@ def read_release(args: argparse.Namespace) -> Release:
         release = replace(read_weights(path, args.model, **args.model_kwargs), base_model=None, license=None)
     else:
         release = read_tag(args.source)
+    if release.start in ("file", "unknown") and not args.base_model:
+        raise ValueError(
+            f"the run started from weights of a file, {release.recipe.get('start', 'which nobody knows')}: name their "
+            "repository with --base-model owner/name, or --base-model none if they are in none"
+        )
+    base_model = None if args.base_model == "none" else args.base_model or release.base_model
     release = replace(
         release,
         license=args.license or release.license,
-        base_model=args.base_model or release.base_model,
+        base_model=base_model,
         datasets=tuple(args.dataset) or release.datasets,
     )
     if not release.license:
@@ -78,7 +84,8 @@ def write_folder(release: Release, repo: str, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
-    save_for_hf(model, str(folder), safe_serialization=True, data_config=release.data_config)
+    labels = {"label_names": list(release.label_names)} if release.label_names else {}
+    save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=release.data_config)
     # Written again with the metadata that transformers demands.
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
@@ -173,7 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     where.add_argument("--dry-run", action="store_true", help="write and check the files, upload nothing")
     card = parser.add_argument_group("card")
     card.add_argument("--license", help="licence identifier of the Hub (default: the base model's)")
-    card.add_argument("--base-model", help="owner/name of the weights it started from (default: known from the run)")
+    card.add_argument(
+        "--base-model", help="owner/name of the weights it started from, or none (default: known from the run)"
+    )
     card.add_argument("--dataset", nargs="+", default=[], help="training data (default: known from the run or tag)")
     args = parser.parse_args(argv)
     if args.output and args.output.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import nn
 
+from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.integrity import check_safetensors
 
@@ -34,6 +36,8 @@ class Release:
         datasets: Data sets of the training.
         results: Metrics in percent by name.
         recipe: Options of the training worth telling.
+        start: What the training started from: `random`, `pretrained`, `file`, or None where nobody knows.
+        label_names: Name of each output, if known.
     """
 
     model: nn.Module
@@ -45,6 +49,8 @@ class Release:
     datasets: tuple[str, ...] = ()
     results: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    label_names: tuple[str, ...] = ()
 
     @property
     def is_fdconv(self) -> bool:
@@ -52,7 +58,7 @@ class Release:
         return next(named_fd_layers(self.model), None) is not None
 
 
-RECIPE_KEYS = ("epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "pretrained", "seed")
+RECIPE_KEYS = ("epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "seed")
 
 
 def read_run(folder: Path, file: str | None) -> Release:
@@ -79,15 +85,39 @@ def read_run(folder: Path, file: str | None) -> Release:
     if release.model.num_classes <= 5:
         results.pop("top5", None)  # always right
     dataset = (options.get("dataset") or "").partition("/")[2]
+    start = read_start(folder, options)
+    pretrained = start["from"] == "pretrained"
+    recipe = {key: options[key] for key in RECIPE_KEYS if options.get(key) is not None}
+    if "name" in start:
+        recipe["start"] = start["name"]
     return replace(
         release,
         data_config=resolve_data_config(options, model=release.model),
-        base_model=release.base_model if options.get("pretrained") else None,
-        license=release.license if options.get("pretrained") else None,
+        base_model=start.get("repo", release.base_model) if pretrained else None,
+        license=release.license if pretrained else None,
+        start=start["from"],
+        label_names=read_label_names(folder, release.model.num_classes),
         datasets=(dataset,) if dataset else (),
         results=results,
-        recipe={key: options[key] for key in RECIPE_KEYS if options.get(key) is not None},
+        recipe=recipe,
     )
+
+
+def read_start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Where the run's first weights came from: start.json tells, or of runs without one their options."""
+    path = folder / "start.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if options.get("initial_checkpoint"):
+        return {"from": "file", "name": Path(options["initial_checkpoint"]).name}
+    return {"from": "pretrained" if options.get("pretrained") else "random"}
+
+
+def read_label_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """Names of the outputs from the run's classes.txt; empty if it has none, or for other outputs."""
+    path = folder / "classes.txt"
+    names = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return tuple(names) if len(names) == num_classes else ()
 
 
 def read_results(summary: Path, weights: Path) -> dict[str, float]:
@@ -112,9 +142,12 @@ def read_weights(path: Path, name: str, **model_args: Any) -> Release:
     if path.suffix == ".safetensors":
         check_safetensors(path)
     model = timm.create_model(name, **model_args)
+    state = strip_prefixes(load_state_dict(str(path)), model)
+    if misfits := describe_misfits(state, model):
+        raise ValueError(f"{path} does not fit {name}: {misfits}")
     try:
-        model.load_state_dict(load_state_dict(str(path)))
-    except RuntimeError as error:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of layers that were saved with other options
         raise ValueError(f"{path} does not fit {name}: {error}") from error
     cfg = model.pretrained_cfg
     return Release(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fdconv_zoo  # noqa: F401, registers the models
 from common.command_line import fail
-from common.models import build_model, expand_names, read_checkpoint
+from common.models import build_model, expand_names
+from common.weights import read_checkpoint
 
 DESCRIPTION = "Export a model to ONNX, an exported program or TorchScript, and check the file against the model."
 EXAMPLES = """examples:
@@ -154,7 +155,9 @@ def load_file(path: Path) -> Callable[[Tensor], list[Tensor]]:
     if path.suffix == ".onnx":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; it warns of every constant that it folds
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda x: [torch.from_numpy(output) for output in session.run(None, {"input": x.numpy()})]
     program = torch.jit.load(path) if path.suffix == ".torchscript" else torch.export.load(path).module()
     return lambda x: as_list(program(x))
@@ -202,12 +205,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A file that does not pass never takes the place of one that did.
     unchecked = args.output.with_stem(f"{args.output.stem}.unchecked")
     print(f"exporting {args.model} as {FORMATS[args.output.suffix]} ...", file=sys.stderr, flush=True)
+    shapes = list(sample_shapes(shape, args.fixed_batch, args.fixed_size))
+    doing = "export"
     try:
         export_file(model, torch.randn(args.fixed_batch or 2, *shape), unchecked, args)
-    except Exception as error:  # the exporters share no base class
-        raise fail("export.py", f"{args.model} does not export: {type(error).__name__}: {error}") from error
-    shapes = list(sample_shapes(shape, args.fixed_batch, args.fixed_size))
-    worst = check_file(model, unchecked, shapes)
+        doing = "run from the file at all sizes"
+        worst = check_file(model, unchecked, shapes)
+    except BaseException as error:  # the exporters and runtimes share no base class; Ctrl-C leaves no file either
+        unchecked.unlink(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if min(shape[1:]) < 64 and not args.fixed_size:
+            reason += "; maps of one pixel have no free size: give a larger --img-size, or --fixed-size"
+        raise fail("export.py", f"{args.model} does not {doing}: {reason}") from error
     if not worst <= args.tolerance:
         raise fail(
             "export.py",

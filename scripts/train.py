@@ -3,11 +3,11 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 import torch.distributed as dist
 from timm.data import resolve_data_config
@@ -17,19 +17,25 @@ from timm.utils import random_seed, unwrap_model
 from timm.utils.distributed import init_distributed_device_so
 from torch import nn
 
-import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 from common.checkpoint import STATE_FILE, CheckpointError, load_state
-from common.command_line import fail
+from common.command_line import check_device, fail
+from common.image_folders import CLASSES_FILE
+from common.images import UnusableImagesError
 from common.loop import DivergedError
-from common.models import load_checkpoint, read_checkpoint
+from common.models import build_model, check_image_size, check_name
 from common.optim import classifier_names
 from common.recipes import save_args
+from common.record import write_json
 from common.signals import StoppedError, StopSignals
 from common.training_recipe import Recipe
+from common.weights import load_checkpoint, read_checkpoint
+from fdconv_zoo.checkpoint import strip_prefixes
 from training.args import parse_args
-from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
+from training.data import BatchAugmentation, TrainLoader, ValidationLoader
+from training.datasets import check_classes, class_names, create_datasets
 from training.log import RunLog
 from training.run import Run
+from training.workers import workers_end
 
 _logger = logging.getLogger("train")
 
@@ -40,12 +46,15 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: The file can't be read, or other weights than the classifier's don't fit.
     """
-    weights, own = read_checkpoint(path), model.state_dict()
+    weights, own = strip_prefixes(read_checkpoint(path), model), model.state_dict()
     classifiers = tuple(f"{name}." for name in classifier_names(model))
     new = [k for k in weights if k.startswith(classifiers) and k in own and weights[k].shape != own[k].shape]
     if new:
         _logger.info(f"{', '.join(new)}: new in this run, {path} has other classes")
-    load_checkpoint(model, {**weights, **{key: own[key] for key in new}})
+    try:
+        load_checkpoint(model, {**weights, **{key: own[key] for key in new}})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def create_task(args: argparse.Namespace, device: torch.device, resumed: bool) -> ClassificationTask:
@@ -56,9 +65,10 @@ def create_task(args: argparse.Namespace, device: torch.device, resumed: bool) -
         device: Device of this process.
         resumed: A checkpoint brings the weights, so that none are downloaded or read.
     """
-    model = timm.create_model(
+    model = build_model(
         args.model,
-        pretrained=args.pretrained and not resumed,
+        pretrained=args.pretrained and not args.initial_checkpoint and not resumed,
+        option="--initial-checkpoint",
         num_classes=args.num_classes,
         in_chans=args.in_chans,
         drop_rate=args.drop,
@@ -84,9 +94,22 @@ def create_task(args: argparse.Namespace, device: torch.device, resumed: bool) -
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     if args.torchcompile:
+        _logger.info(f"compiling with {args.torchcompile}: the first update takes a minute or several")
         task.compile(backend=args.torchcompile)
         task.compile_ema(backend=args.torchcompile)
     return task
+
+
+def describe_start(args: argparse.Namespace, model: nn.Module) -> dict[str, str]:
+    """Where the weights that a run starts from come from; what is published tells it."""
+    if args.initial_checkpoint:
+        return {"from": "file", "name": args.initial_checkpoint.name}
+    if not args.pretrained:
+        return {"from": "random"}
+    config = getattr(model, "pretrained_cfg", {})
+    tag, repo = config.get("tag"), config.get("hf_hub_id")
+    name = args.model if "." in args.model or not tag else f"{args.model}.{tag}"
+    return {"from": "pretrained", "name": name} | ({"repo": repo} if repo else {})
 
 
 def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_size: int, stop: StopSignals) -> Run:
@@ -108,10 +131,12 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
 
     data_config = resolve_data_config(vars(args), model=model)
     data_config["input_size"] = (args.in_chans, *data_config["input_size"][1:])
+    check_image_size(model, data_config["input_size"][1:])
     train_set, val_set = create_datasets(args, model.num_classes, data_config["input_size"])
+    check_classes(train_set, model.num_classes, chosen=args.num_classes is not None)
     place = {"device": device, "rank": rank, "world_size": world_size}
     train_loader = TrainLoader(train_set, args, data_config, **place)
-    val_loader = create_validation_loader(val_set, args, data_config, **place)
+    val_loader = ValidationLoader(val_set, args, data_config, **place)
     run = Run(
         args=args,
         task=task,
@@ -127,6 +152,7 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         augment=BatchAugmentation(args, model.num_classes, device),
         rank=rank,
         stop=stop,
+        start=describe_start(args, model) if state is None else state.get("start", {"from": "unknown"}),
     )
     if state is not None:
         run.load(state)
@@ -135,6 +161,9 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
     if rank == 0:
         args.output.mkdir(parents=True, exist_ok=True)
         save_args(args, args.output / "args.yaml")
+        write_json(args.output / "start.json", run.start)
+        if names := class_names(train_set, model.num_classes):
+            (args.output / CLASSES_FILE).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         done, total = run.progress, args.steps or run.epochs * run.updates_per_epoch
         run.log = RunLog(
             args.output, total_updates=total, epoch=done.epoch, update=done.updates, tensorboard=args.tensorboard
@@ -153,29 +182,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from ``argv``."""
     args = parse_args(argv)
     device_name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        check_device(device_name)
+        check_name(args.model)
+    except ValueError as error:
+        raise fail("train.py", error) from error
     # gloo beside nccl: small agreements (stop signals, random states) go over the CPU and never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device_name.startswith("cuda") else "gloo"
     env = init_distributed_device_so(device_name, dist_backend=backend)
     rank = env["global_rank"]
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    orderly = False
     try:
-        with StopSignals() as stop:
+        with workers_end(), StopSignals() as stop:
             try:
                 run = create_run(args, torch.device(env["device"]), rank, env["world_size"], stop)
             except (ValueError, TypeError, RuntimeError, OSError) as error:
                 raise fail("train.py", error) from error
             run.fit()
+        orderly = True
         if rank == 0:
             best = run.progress
             _logger.info(f"done: best {args.eval_metric} {best.best_metric} in epoch {best.best_epoch}, {args.output}")
-    except (CheckpointError, DivergedError) as error:
+    except (CheckpointError, DivergedError, UnusableImagesError) as error:
         raise fail("train.py", error) from error
     except StoppedError as stopped:
+        orderly = True
         if rank == 0:
             _logger.info(f"{stopped} and saved; go on with --resume")
         sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        _logger.warning("ended at once; --resume goes on from the last save, if there was one")
+        sys.exit(128 + signal.SIGINT)
     finally:
-        if dist.is_initialized():
+        # After an error the others may wait for this process: its end is what tells them, an agreement would hang.
+        if orderly and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -8,30 +8,39 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
-import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
-from timm.layers import freeze_batch_norm_2d
-from torch.utils.data import DataLoader, Dataset, Subset
-
-import fdconv_zoo  # noqa: F401  (registers the FDConv models with timm)
 from common.command_line import fail
-from common.recipes import save_args
-from common.sampler import SeededDataset
 from dense.args import DETECTION_HEADS, parse_args
-from dense.coco import coco_boxes, collate
-from dense.masks import MaskFolders
-from dense.models import create_detector, create_segmenter, normalization
-from dense.modules import DenseModule, DetectionModule, SegmentationModule
-from dense.resume import (
-    STOPS,
-    CheckpointFiles,
-    EndOfRun,
-    EpochSampler,
-    StopAfterBatch,
-    read_progress,
-)
+
+try:
+    import lightning as L
+    import torch
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.loggers import CSVLogger
+    from timm.layers import freeze_batch_norm_2d
+    from torch.utils.data import DataLoader, Dataset, Subset
+
+    from common.models import check_name, unavailable
+    from common.recipes import save_args
+    from common.sampler import SeededDataset
+    from dense.coco import coco_boxes, collate
+    from dense.masks import MaskFolders
+    from dense.models import create_detector, create_segmenter, normalization
+    from dense.modules import DenseModule, DetectionModule, SegmentationModule
+    from dense.progress import LossLines
+    from dense.resume import (
+        STOPS,
+        CheckpointFiles,
+        EndOfRun,
+        EpochSampler,
+        StopAfterBatch,
+        read_progress,
+    )
+    from fdconv_zoo import PretrainedError
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    parse_args()  # its help needs none of them
+    raise fail("train_dense.py", f"needs {error.name}: pip install -e '.[dense]'") from error
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -64,6 +73,29 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     }
     train_set = MaskFolders(args.train_images, args.train_masks, crop_size=tuple(args.crop_size), **options)
     return train_set, MaskFolders(args.val_images, args.val_masks, crop_size=None, **options)
+
+
+def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> None:
+    """Say what of the boxes is not used; read all masks, each process its part of them.
+
+    Args:
+        args: Arguments of train_dense.py.
+        train_set: Images for training.
+        val_set: Images for validation.
+
+    Raises:
+        ValueError: A mask can't be used; names it.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if args.head in DETECTION_HEADS:
+        for path, dataset in ((args.train_annotations, train_set), (args.val_annotations, val_set)):
+            if rank == 0 and (left_out := dataset.describe()):
+                print(f"{path}: left out {left_out}", file=sys.stderr)
+        return
+    if rank == 0:
+        print(f"reading {len(train_set)} + {len(val_set)} masks", file=sys.stderr, flush=True)
+    for dataset in (train_set, val_set):
+        dataset.check(slice(rank, None, world), args.workers)
 
 
 def create_loaders(
@@ -133,6 +165,8 @@ def create_trainer(args: argparse.Namespace) -> L.Trainer:
     last = ModelCheckpoint(args.output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    terminal = sys.stderr.isatty()
+    progress = TQDMProgressBar() if terminal else LossLines()
     return L.Trainer(
         accelerator=args.device,
         devices=processes,
@@ -150,7 +184,8 @@ def create_trainer(args: argparse.Namespace) -> L.Trainer:
         log_every_n_steps=10,
         logger=CSVLogger(args.output, name="logs"),
         plugins=[CheckpointFiles()],
-        callbacks=[best, last, EndOfRun(args.steps), StopAfterBatch(), LearningRateMonitor("step"), TQDMProgressBar()],
+        callbacks=[best, last, EndOfRun(args.steps), StopAfterBatch(), LearningRateMonitor("step"), progress],
+        enable_progress_bar=terminal,
         enable_model_summary=False,
     )
 
@@ -167,7 +202,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if steps >= args.steps if args.steps else epochs >= args.epochs:
             print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
             return
+        check_name(args.backbone)
         train_set, val_set = create_datasets(args)
+        if not resumed:
+            tell_and_check(args, train_set, val_set)
         loaders = create_loaders(args, train_set, val_set, epochs)
         L.seed_everything(args.seed, workers=True)
         module = create_module(args, train_set, resumed)
@@ -191,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file=sys.stderr,
             )
         sys.exit(128 + signal.Signals[name])
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except PretrainedError as error:
+        raise fail("train_dense.py", unavailable(error, "--initial-checkpoint")) from error
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:
         scores = {key: f"{value:.4f}" for key, value in trainer.callback_metrics.items() if key.startswith("val/")}

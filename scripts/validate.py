@@ -3,6 +3,7 @@
 
 import argparse
 import csv
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -13,62 +14,23 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from timm.data import ImageNetInfo, create_dataset, create_loader, infer_imagenet_subset, resolve_data_config
+from timm.data import create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from common.command_line import fail
 from common.demo_data import create_demo_model, create_photo_dataset
-from common.models import add_static_twins, build_model, describe_misfits, expand_names, read_checkpoint
+from common.images import ReadableImages, UnusableImagesError, collate_readable
+from common.models import UnavailableError, add_static_twins, build_model, check_image_size, expand_names
 from common.record import write_json
+from common.weights import read_checkpoint
+from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.cost import count_macs, count_parameters
 from validation.args import check_args, parse_args
+from validation.datasets import open_dataset
 from validation.demo import report_photos
-
-
-def build_dataset(args: argparse.Namespace, model: nn.Module) -> Dataset:
-    """Open the images; folders that are named by ImageNet synsets get the model's labels even if not all are there.
-
-    Raises:
-        ValueError: There are labels beyond the model's outputs.
-    """
-    if args.demo:
-        return create_photo_dataset()
-    create = partial(
-        create_dataset,
-        args.dataset,
-        root=args.data_dir,
-        split=args.split,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_key=args.input_key,
-        target_key=args.target_key,
-    )
-    dataset = create(class_map=args.class_map)
-    reader = getattr(dataset, "reader", None)
-    if args.class_map and reader is None:
-        raise ValueError("torch/ datasets take no --class-map")
-    # the reader of tar files has another name for it
-    labels = getattr(reader or dataset, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    subset = infer_imagenet_subset(model)
-    if reader and labels and subset and not args.class_map:
-        synsets = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
-        if labels.keys() <= synsets.keys():
-            return create(class_map=synsets)
-    if labels and max(labels.values()) >= model.num_classes:
-        raise ValueError(
-            f"{len(labels)} classes in the data, {model.num_classes} outputs of the model: "
-            "give --num-classes with a checkpoint, or --class-map"
-        )
-    if labels and len(labels) < model.num_classes and not args.class_map:
-        print(
-            f"warning: the model has {model.num_classes} outputs, the data {len(labels)} classes, taken for the "
-            "first outputs in the order of their names; --class-map says otherwise",
-            file=sys.stderr,
-        )
-    return dataset
 
 
 @torch.inference_mode()
@@ -78,6 +40,9 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
     Returns:
         top1 and top5 in per cent, the mean cross-entropy loss, the number of images, and images_per_second through
         the model alone (loading not included; the first batch is a warm-up, unless it is the only one).
+
+    Raises:
+        UnusableImagesError: No image can be read, or one has pixels of unknown range.
     """
     device = torch.device(args.device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -88,6 +53,8 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
     batches: list[tuple[int, float]] = []
     for images, target in tqdm(loader, unit="batch", leave=False, **pace):
+        if not len(images):  # none of them could be read
+            continue
         images, target = images.to(device, memory_format=memory_format), target.to(device)
         synchronize()
         start = time.perf_counter()
@@ -99,6 +66,8 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
         top1.update(hits1.item(), len(images))
         top5.update(hits5.item(), len(images))
         loss.update(nn.functional.cross_entropy(logits, target).item(), len(images))
+    if not batches:
+        raise UnusableImagesError("no image can be read")
     counts, seconds = zip(*(batches[1:] or batches), strict=True)
     return {
         "top1": top1.avg,
@@ -110,37 +79,56 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
 
 
 def prepare(
-    name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None
+    name: str, args: argparse.Namespace, checkpoint: dict[str, Tensor] | None, first: bool
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Return a model on its device, the loader with its preprocessing, and what is known of both beforehand.
 
-    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not.
+    The static twin of a checkpoint's FDConv model takes that checkpoint if it fits, its pretrained weights if not. A
+    model with a checkpoint's weights is called by its architecture, without the tag of weights that it does not have.
+
+    Args:
+        name: The model's.
+        args: Arguments of validate.py.
+        checkpoint: Weights instead of pretrained ones.
+        first: No other model was measured on these data before, so that what is odd about them is told.
     """
     if args.demo:
         model = create_demo_model(name)
     else:
         kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
-        if checkpoint and name not in args.model and describe_misfits(checkpoint, timm.create_model(name, **kwargs)):
-            checkpoint = None
+        if checkpoint and name not in args.model:
+            twin = timm.create_model(name, **kwargs)
+            if describe_misfits(strip_prefixes(checkpoint, twin), twin):
+                checkpoint = None
         model = build_model(name, checkpoint=checkpoint, **kwargs)
     model.eval()
-    dataset = build_dataset(args, model)
+    dataset = create_photo_dataset() if args.demo else open_dataset(args, model, tell=first)
     config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
-    facts = {"parameters": count_parameters(model), "gmacs": count_macs(model, config["input_size"]) / 1e9, **config}
+    check_image_size(model, config["input_size"][1:])
+    facts = {
+        "model": name.partition(".")[0] if checkpoint and ":" not in name else name,
+        "checkpoint": str(args.checkpoint) if checkpoint else "",
+        "parameters": count_parameters(model),
+        "gmacs": count_macs(model, config["input_size"]) / 1e9,
+        **config,
+    }
     device = torch.device(args.device)
+    stream = isinstance(dataset, IterableDataset)
     loader = create_loader(
-        dataset,
+        dataset if stream else ReadableImages(dataset),
         batch_size=args.batch_size,
         num_workers=args.workers,
         device=device,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
+        collate_fn=None if stream else partial(collate_readable, channels=config["input_size"][0]),
         **config,
     )
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     if args.torchcompile:
+        print(f"compiling {name} with {args.torchcompile}: the first batch takes a minute or several", file=sys.stderr)
         model = torch.compile(model, backend=args.torchcompile)
     return model, loader, facts
 
@@ -159,6 +147,8 @@ def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    # they are listed in the end
+    logging.getLogger("images").setLevel(logging.ERROR)
     # the Hub's client would print a line on every retry
     huggingface_hub.logging.set_verbosity_error()
     try:
@@ -173,20 +163,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     width = max(len(name) for name in names)
     rows: list[dict[str, Any]] = []
+    unavailable: list[str] = []
     for name in names:
         try:
-            model, loader, facts = prepare(name, args, checkpoint)
+            model, loader, facts = prepare(name, args, checkpoint, first=not rows)
+            row = {"model": name, **validate(model, loader, args), **facts}
+        except UnavailableError as error:  # the others may be there
+            unavailable.append(f"{name}: {error}")
+            continue
         except Exception as error:  # timm, its readers, huggingface_hub and its HTTP client share no base class
             raise fail("validate.py", f"{name}: {str(error) or type(error).__name__}") from error
-        row = {"model": name, **validate(model, loader, args), **facts}
+        corrupt = loader.dataset.corrupt.names() if isinstance(loader.dataset, ReadableImages) else []
+        row["corrupt_images"] = len(corrupt)
+        if corrupt and not rows:
+            print("\n".join([f"left out {len(corrupt)} images that can't be read:", *corrupt]), file=sys.stderr)
         if not rows:
             print(f"{'model':<{width}}    top-1    top-5    loss  Mparams   GMACs  images/s")
         accuracies = f"{row['top1']:>7.3f}  {row['top5']:>7.3f}  {row['loss']:>6.3f}"
         costs = f"{row['parameters'] / 1e6:>7.2f}  {row['gmacs']:>6.2f}  {row['images_per_second']:>8.1f}"
-        print(f"{name:<{width}}  {accuracies}  {costs}", flush=True)
+        print(f"{row['model']:<{width}}  {accuracies}  {costs}", flush=True)
         rows.append(row)
         if args.results_file:
             write_results(args.results_file, rows)
+    if unavailable:
+        count = f"{len(unavailable)} of {len(names)} models were not measured: " if len(unavailable) > 1 else ""
+        raise fail("validate.py", count + "; ".join(unavailable))
     if args.demo:
         try:
             print(report_photos(Path("outputs/demo")))

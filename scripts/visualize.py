@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from common.command_line import fail
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
-from common.models import build_model, expand_names, load_checkpoint, read_checkpoint
+from common.models import build_model, expand_names
 from common.record import versions
+from common.weights import load_checkpoint, read_checkpoint
 from fdconv_zoo import FDConv2d, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from pictures.args import check_args, parse_args

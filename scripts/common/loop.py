@@ -133,6 +133,8 @@ class Trainer:
         model.eval()
         for batch in batches:
             images, labels = self._prepare(*batch)
+            if not len(images):  # none of them could be read
+                continue
             with self.autocast:
                 output = model(images)
             metrics.update(output, labels)

@@ -1,20 +1,50 @@
-"""Models for the command line: names and wildcards, static twins, checkpoints that must fit."""
+"""Models for the command line: names and wildcards, static twins, weights from files or the Hub."""
 
-import argparse
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
-import torch
-from timm.models import clean_state_dict, get_pretrained_cfg, is_model_pretrained
+from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
-from fdconv_zoo import FDConv2d, FDLinear, PretrainedError, convert_static_state_dict, static_name
+from common.weights import load_checkpoint
+from fdconv_zoo import PretrainedError, static_name
 from fdconv_zoo.download import WAYS_OUT
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know; `hf-hub:` and `local-dir:` names are not looked up.
+
+    Raises:
+        ValueError: Names close matches.
+    """
+    if ":" in name:
+        return
+    if not timm.is_model(name) or ("." in name and name not in timm.list_models(include_tags=True)):
+        close = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=4)
+        raise ValueError(f"unknown model {name}" + (f", did you mean {', '.join(close)}?" if close else ""))
+
+
+def check_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Refuse images that a model of one size, such as a Swin Transformer, does not take.
+
+    Args:
+        model: timm's.
+        size: Height and width.
+
+    Raises:
+        ValueError: Says which option makes it take them.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != tuple(size):
+        height, width = size
+        wanted = f"{height}" if height == width else f"[{height},{width}]"
+        raise ValueError(
+            f"the model takes {' x '.join(map(str, embed.img_size))} images, not {height} x {width}: "
+            f"give --model-kwargs img_size={wanted}"
+        )
 
 
 def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:
@@ -35,14 +65,10 @@ def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:
             if not found:
                 raise ValueError(f"no model with pretrained weights matches {pattern}")
             names += found
-        elif ":" in pattern:
-            names.append(pattern)
-        elif not timm.is_model(pattern) or ("." in pattern and pattern not in timm.list_models(include_tags=True)):
-            close = difflib.get_close_matches(pattern, [*timm.list_models(), *timm.list_pretrained()], n=4)
-            raise ValueError(f"unknown model {pattern}" + (f", did you mean {', '.join(close)}?" if close else ""))
-        elif weights_needed and not is_model_pretrained(pattern):
-            raise ValueError(f"{pattern} has no pretrained weights: give --checkpoint")
         else:
+            check_name(pattern)
+            if weights_needed and ":" not in pattern and not is_model_pretrained(pattern):
+                raise ValueError(f"{pattern} has no pretrained weights: give --checkpoint")
             names.append(pattern)
     return list(dict.fromkeys(names))
 
@@ -65,71 +91,17 @@ def add_static_twins(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(listed))
 
 
-def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
-    """Return the weights in a file, out of the wrappings of timm's checkpoints, DDP and torch.compile.
-
-    timm's own `load_state_dict` would take the trained weights without a word where the averaged ones are missing.
-
-    Args:
-        path: A .safetensors file, or one that `torch.load` reads with `weights_only`.
-        use_ema: Take the averaged weights that timm's trainer keeps beside the trained ones.
-
-    Raises:
-        ValueError: The file can't be read, or holds no averaged weights.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            checkpoint = safetensors.torch.load_file(path)
-        else:
-            # timm's trainer stores its arguments as a Namespace
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors, pickle, zipfile and torch each raise their own
-        raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-    wanted = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")
-    key = next((key for key in wanted if key in checkpoint), None)
-    if use_ema and key is None:
-        raise ValueError(f"checkpoint {path} holds no averaged weights: leave out --use-ema")
-    return clean_state_dict(checkpoint[key] if key else checkpoint)
-
-
-def describe_misfits(state_dict: dict[str, Tensor], model: nn.Module) -> str:
-    """Say which keys keep weights from loading into a model, the first three of a kind; empty if they fit."""
-    own = model.state_dict()
-    kinds = {
-        # checkpoints from before torch 0.4.1 have no num_batches_tracked
-        "missing keys": [key for key in own if key not in state_dict and not key.endswith("num_batches_tracked")],
-        "unexpected keys": [key for key in state_dict if key not in own],
-        "other shapes": [
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state_dict and state_dict[key].shape != own[key].shape
-        ],
-    }
-    return "; ".join(
-        f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-        for kind, keys in kinds.items()
-        if keys
-    )
-
-
-def load_checkpoint(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Load weights into a model; a static model's are moved into the Fourier domain for an FDConv model.
-
-    Raises:
-        ValueError: They do not fit; names the keys.
-    """
-    misfits = describe_misfits(state_dict, model)
-    if misfits and any(isinstance(module, FDConv2d | FDLinear) for module in model.modules()):
-        state_dict = convert_static_state_dict(state_dict, model)
-        misfits = describe_misfits(state_dict, model)
-    if misfits:
-        raise ValueError(f"the checkpoint does not fit: {misfits}")
-    model.load_state_dict(state_dict, strict=False)
+class UnavailableError(RuntimeError):
+    """There are no pretrained weights to be had; says where to take them from."""
 
 
 def build_model(
-    name: str, *, checkpoint: dict[str, Tensor] | None = None, pretrained: bool = True, **kwargs: Any
+    name: str,
+    *,
+    checkpoint: dict[str, Tensor] | None = None,
+    pretrained: bool = True,
+    option: str = "--checkpoint",
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a model with a checkpoint's weights, or pretrained ones.
 
@@ -137,11 +109,12 @@ def build_model(
         name: timm's, of an FDConv or a static model.
         checkpoint: Weights instead of pretrained ones.
         pretrained: False for weights as they are initialised, if there is no checkpoint.
+        option: The command's option for a file of weights, for errors.
         kwargs: Of the model; None stands for its own.
 
     Raises:
         ValueError: The checkpoint does not fit.
-        RuntimeError: There are no pretrained weights to be had; says where to take them from.
+        UnavailableError: There are no pretrained weights to be had; says where to take them from.
     """
     if checkpoint is not None:
         model = timm.create_model(name, **kwargs)
@@ -150,7 +123,17 @@ def build_model(
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (OSError, PretrainedError) as error:  # OSError: the Hub's client, for models that are timm's own
-        raise RuntimeError(
-            f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: --checkpoint FILE, a mirror "
-            "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
-        ) from error
+        raise unavailable(error, option) from error
+
+
+def unavailable(error: Exception, option: str) -> UnavailableError:
+    """The error for weights that are not to be had, with ways out that a command has.
+
+    Args:
+        error: Why.
+        option: The command's option for a file of weights.
+    """
+    return UnavailableError(
+        f"no pretrained weights: {str(error).replace(WAYS_OUT, '')} Without a network: {option} FILE, a mirror "
+        "(HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`"
+    )

@@ -9,8 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.training_recipe import Recipe
-
-MODULATION = (".ksm.", ".fbm.")
+from fdconv_zoo import modulation_parameters
 
 
 def scaled_learning_rate(base: float, base_size: int, global_batch: int, scale: str) -> float:
@@ -56,11 +55,8 @@ def parameter_groups(
         return groups
 
     new_parts = tuple(f"{name}." for name in classifier_names(model))
-    full_rate = {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if any(part in name for part in MODULATION) or name.startswith(new_parts)
-    }
+    full_rate = {id(parameter) for _, parameter in modulation_parameters(model)}
+    full_rate |= {id(parameter) for name, parameter in model.named_parameters() if name.startswith(new_parts)}
     split: list[dict[str, Any]] = []
     for group in groups:
         new = [parameter for parameter in group["params"] if id(parameter) in full_rate]

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import ImageDataset
 from torch.utils.data import Dataset
+
+from common.images import CorruptImages, UnusableImagesError
 
 MAX_CONSECUTIVE_CORRUPT = 10
 
@@ -44,70 +45,35 @@ def seeded(entropy: tuple[int, ...]) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class _RecordingReader:
-    """Reader that remembers the indices it was asked for, which shows what timm's ``ImageDataset`` skipped."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.requested: list[int] = []
-
-    def __getitem__(self, index: int) -> Any:
-        self.requested.append(index)
-        return self.reader[index]
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "reader":  # not there yet while a spawned worker unpickles this object
-            raise AttributeError(name)
-        return getattr(self.reader, name)
-
-
 class SeededDataset(Dataset):
     """Map-style data set addressed by :class:`SampleKey`, which notes the images that can't be read.
 
     The next image takes the place of one that fails to load with an ``OSError``, as in timm's ``ImageDataset``.
 
     Args:
-        dataset: Data set of timm or torchvision.
+        dataset: Images and labels.
         seed: Seed of the run.
 
     Attributes:
-        corrupt: Shared ``uint8`` tensor (len(dataset),), 1 where an image was found corrupt by any loader worker.
+        corrupt: The images that could not be read.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.corrupt = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
-        if isinstance(dataset, ImageDataset):
-            dataset.reader = _RecordingReader(dataset.reader)
+        self.corrupt = CorruptImages(dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
         with seeded((self.seed, key.epoch, key.position)):
-            if isinstance(self.dataset, ImageDataset):
-                return self._read_image_dataset(key.index)
             for offset in range(MAX_CONSECUTIVE_CORRUPT):
                 index = (key.index + offset) % len(self)
                 try:
                     return self.dataset[index]
-                except OSError:
-                    self.corrupt[index] = 1
-        raise RuntimeError(f"{MAX_CONSECUTIVE_CORRUPT} images in a row from index {key.index} on can't be read")
-
-    def _read_image_dataset(self, index: int) -> tuple[Any, Any]:
-        requested = self.dataset.reader.requested
-        requested.clear()
-        sample = self.dataset[index]
-        self.corrupt[requested[:-1]] = 1
-        return sample
-
-    def filename(self, index: int) -> str:
-        """Name of an image for a report: its path where the data set has one, its index where not."""
-        if isinstance(self.dataset, ImageDataset):
-            return str(self.dataset.filename(index))
-        return f"index {index}"
+                except OSError as error:
+                    self.corrupt.note(index, error)
+        raise UnusableImagesError(
+            f"{MAX_CONSECUTIVE_CORRUPT} images in a row from {self.corrupt.name(key.index)} on can't be read"
+        )

@@ -1,9 +1,11 @@
 """The recipe of a training: images a batch, loss, optimiser and schedule, declared once for all commands."""
 
 import argparse
+import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import timm.optim
 import timm.utils
 
 OPTIMISER = (
@@ -21,12 +23,24 @@ def _option(meaning: str, *flags: str, **argument: Any) -> dict[str, Any]:
     return {"flags": flags, "help": meaning, **argument}
 
 
+def check_optimizer(name: str) -> None:
+    """Refuse an optimiser that timm does not have.
+
+    Raises:
+        ValueError: Names close matches.
+    """
+    known = timm.optim.list_optimizers()
+    if name.lower().removeprefix("lookahead_") not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
+        raise ValueError(f"unknown optimiser {name}" + (f", did you mean {', '.join(close)}?" if close else ""))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model is trained, whatever the model and the data.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or timm has no such optimiser.
     """
 
     batch_size: int = field(default=128, metadata=_option("images a process and a backward pass", "-b", type=int))
@@ -88,6 +102,7 @@ class Recipe:
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        check_optimizer(self.opt)
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Recipe":

@@ -9,6 +9,7 @@ import timm.utils
 
 from common.command_line import HelpFormatter
 from common.recipes import parse_over_recipe
+from common.training_recipe import check_optimizer
 
 DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet")
 SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former")
@@ -146,6 +147,10 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     for name in ("batch_size", "grad_accum_steps", "epochs", "steps", "limit_batches", "val_interval"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    try:
+        check_optimizer(args.opt)
+    except ValueError as error:
+        parser.error(str(error))
     kind = "annotations" if args.head in DETECTION_HEADS else "masks"
     data = [f"{split}_{part}" for split in ("train", "val") for part in ("images", kind)]
     missing = [f"--{name.replace('_', '-')}" for name in data if getattr(args, name) is None]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,19 @@ class CocoObjects(CocoDetection):
         images: Folder of the images.
         annotations: The json.
         train: Leaves out objects that stand for crowds, which are for the evaluation, and images without objects.
+        with_masks: Objects must have a segmentation.
         transforms: Of image and target.
+
+    Attributes:
+        left_out: What of the json is not used, in words, with its number.
 
     Raises:
         ValueError: The json can't be used, an image is missing, or no image is left.
     """
 
-    def __init__(self, images: Path, annotations: Path, train: bool, transforms: v2.Transform) -> None:
+    def __init__(
+        self, images: Path, annotations: Path, train: bool, with_masks: bool, transforms: v2.Transform
+    ) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 super().__init__(images, str(annotations), transforms=transforms)
@@ -52,7 +59,10 @@ class CocoObjects(CocoDetection):
         unknown = {entry["category_id"] for entry in self.coco.anns.values()} - set(self.categories)
         if unknown:
             raise ValueError(f"{annotations} has objects of unknown category_id {sorted(unknown)[:5]}")
+        self.left_out = self._check_objects(annotations, with_masks)
+        listed = len(self.ids)
         self.ids = [key for key in self.ids if not train or self._load_target(key)]
+        self.left_out["images without objects"] = listed - len(self.ids)
         if not self.ids:
             raise ValueError(f"{annotations} has no images{' with objects' if train else ''}")
         present = {path.name for path in images.iterdir()} if images.is_dir() else set()
@@ -61,6 +71,30 @@ class CocoObjects(CocoDetection):
         gone = [name for name in names if name not in present and not (images / name).is_file()]
         if gone:
             raise ValueError(f"{len(gone)} of {len(names)} images of {annotations} are not in {images}: {gone[0]}, ...")
+
+    def _check_objects(self, annotations: Path, with_masks: bool) -> Counter[str]:
+        """Count the objects that can't be used; refuse those that should have been usable."""
+        left_out: Counter[str] = Counter()
+        for entry in self.coco.anns.values():
+            box = entry.get("bbox")
+            if not isinstance(box, list) or len(box) != 4:
+                raise ValueError(f"{annotations}: object {entry['id']} has the bbox {box}, not [x, y, width, height]")
+            if entry["image_id"] not in self.coco.imgs:
+                left_out["objects of images that are not listed"] += 1
+            elif min(box[2:]) <= 0:
+                left_out["objects without an area"] += 1
+            elif self.train and entry.get("iscrowd", 0):
+                left_out["crowds"] += 1
+            elif with_masks and not entry.get("segmentation"):
+                raise ValueError(
+                    f"{annotations}: object {entry['id']} has no segmentation, from which mask_rcnn learns: "
+                    "faster_rcnn and retinanet need boxes only"
+                )
+        return left_out
+
+    def describe(self) -> str:
+        """What of the json is not used; empty if all is."""
+        return ", ".join(f"{count} {what}" for what, count in self.left_out.items() if count)
 
     def _load_image(self, id: int) -> Image.Image:
         try:
@@ -121,7 +155,7 @@ def coco_boxes(images: Path, annotations: Path, with_masks: bool, train: bool) -
         ]
     )
     keys = (*KEYS, "masks") if with_masks else KEYS
-    return wrap_dataset_for_transforms_v2(CocoObjects(images, annotations, train, transforms), keys)
+    return wrap_dataset_for_transforms_v2(CocoObjects(images, annotations, train, with_masks, transforms), keys)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

@@ -1,6 +1,7 @@
 """Images with a class for each pixel, from a folder of images and one of PNG masks."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,16 @@ def pair_files(images: Path, masks: Path, image_suffix: str, mask_suffix: str) -
         image, mask = alone[0]
         raise ValueError(f"{len(alone)} of {len(pairs)} images in {images} have no mask: {mask} of {image} is missing")
     return pairs
+
+
+def check_sizes(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
+    """Refuse a mask (H, W) of another size than its image.
+
+    Raises:
+        ValueError: Names the file and both sizes.
+    """
+    if tuple(mask.shape) != size:
+        raise ValueError(f"{path} is {tuple(mask.shape)} pixels, its image {size}")
 
 
 class MaskFolders(Dataset):
@@ -108,6 +119,30 @@ class MaskFolders(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def check(self, part: slice, workers: int) -> None:
+        """Read masks, and the sizes of their images, before a training breaks off at one.
+
+        Args:
+            part: Which of the images.
+            workers: Threads that read.
+
+        Raises:
+            ValueError: As when an image is taken; names the file.
+        """
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            list(pool.map(self._check_pair, self.pairs[part]))
+
+    def _check_pair(self, pair: tuple[Path, Path]) -> None:
+        image_path, mask_path = pair
+        try:
+            mask = self._read_mask(mask_path)
+            with Image.open(image_path) as image:
+                size = (image.height, image.width)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"can't read {image_path} with its mask: {error}") from error
+        if self.crop_size is not None:
+            check_sizes(mask_path, mask, size)
+
     def _read_mask(self, path: Path) -> Tensor:
         mask = torch.from_numpy(np.array(Image.open(path))).long()
         if mask.dim() != 2:
@@ -138,7 +173,6 @@ class MaskFolders(Dataset):
             raise ValueError(f"can't read {image_path} with its mask: {error}") from error
         if self.crop_size is None:
             return self.transform(ImageTensor(self.resize(image))).as_subclass(Tensor), mask
-        if image.shape[-2:] != mask.shape:
-            raise ValueError(f"{mask_path} is {tuple(mask.shape)} pixels, its image {tuple(image.shape[-2:])}")
+        check_sizes(mask_path, mask, tuple(image.shape[-2:]))
         image, mask = self.transform(ImageTensor(image), Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)

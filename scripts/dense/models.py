@@ -63,21 +63,32 @@ def create_detector(args: argparse.Namespace, num_classes: int, resumed: bool) -
 
 
 def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a network, scores (B, classes, H, W) of images (B, 3, H, W), and the backbone in it."""
+    """Return a network, scores (B, classes, H, W) of images (B, 3, H, W), and the backbone in it.
+
+    Raises:
+        ValueError: The head can't take the backbone.
+    """
     options = backbone_options(args, resumed)
     if args.head == "mask2former":
         from dense.mask2former import create_mask2former  # needs transformers, which other heads do not
 
         return create_mask2former(args, options)
     pretrained = options.pop("pretrained")
-    model = smp.create_model(
-        args.head,
-        f"tu-{args.backbone}",
-        encoder_weights="imagenet" if pretrained else None,  # smp's word for timm's own weights
-        classes=args.num_classes,
-        **args.head_kwargs,
-        **options,
-    )
+    try:
+        model = smp.create_model(
+            args.head,
+            f"tu-{args.backbone}",
+            encoder_weights="imagenet" if pretrained else None,  # smp's word for timm's own weights
+            classes=args.num_classes,
+            **args.head_kwargs,
+            **options,
+        )
+    except TypeError as error:
+        if "output_stride" not in str(error):
+            raise
+        raise ValueError(
+            f"{args.head} dilates its backbone, which {args.backbone} can't be: --head upernet or unet takes it"
+        ) from error
     return model, model.encoder
 
 

@@ -9,7 +9,8 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
-from common.optim import MODULATION, scaled_learning_rate
+from common.optim import scaled_learning_rate
+from fdconv_zoo import modulation_parameters
 
 
 def parameter_groups(
@@ -24,11 +25,8 @@ def parameter_groups(
         lr: Rate of the head and of FDConv's modulation.
         static_lr_scale: Factor of the rate for all other parameters of the backbone.
     """
-    inherited = {
-        id(parameter)
-        for name, parameter in backbone.named_parameters()
-        if not any(part in f".{name}" for part in MODULATION)
-    }
+    modulation = {id(parameter) for _, parameter in modulation_parameters(backbone)}
+    inherited = {id(parameter) for parameter in backbone.parameters()} - modulation
     groups: list[dict[str, Any]] = []
     for group in param_groups_weight_decay(model, weight_decay):
         old = [parameter for parameter in group["params"] if id(parameter) in inherited]

@@ -9,7 +9,7 @@ import timm.utils
 
 from common.command_line import HelpFormatter
 from common.recipes import parse_over_recipe
-from common.training_recipe import OPTIMISER, SCHEDULE, add_recipe_options
+from common.training_recipe import OPTIMISER, SCHEDULE, Recipe, add_recipe_options
 
 EPILOG = """examples:
   # dry run of a recipe: two updates on synthetic images, no data set needed
@@ -47,7 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet50_fdconv", help="timm model name, with a tag to choose weights")
     group.add_argument("--pretrained", action=flag, default=False, help="start from the tag's weights")
-    group.add_argument("--initial-checkpoint", type=Path, metavar="FILE", help="start from the weights in this file")
+    group.add_argument(
+        "--initial-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="start from the weights in this file, not from the tag's",
+    )
     group.add_argument("--num-classes", type=int, help="classes (default: the model's)")
     group.add_argument("--in-chans", type=int, default=3, help="input channels; images are read as grey for 1")
     group.add_argument("--drop", type=float, help="dropout before the classifier")
@@ -158,6 +163,10 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     if not args.synthetic and args.data_dir is None and not args.dataset.startswith(("hfds/", "hfids/")):
         parser.error("no data: give --data-dir (and --dataset), or --synthetic for a dry run")
+    try:
+        Recipe.of(args)
+    except ValueError as error:
+        parser.error(str(error))
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch-size is {args.batch_size}, mixup and CutMix mix pairs and need an even number")
     if args.bce_target_thresh is not None and not args.bce_loss:

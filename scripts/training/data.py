@@ -1,4 +1,4 @@
-"""Data sets, loaders and batch augmentation of ``train.py``, from timm's parts."""
+"""Loaders and batch augmentation of ``train.py``, from timm's parts."""
 
 import argparse
 import logging
@@ -8,66 +8,21 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm.data
 import torch
-from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
-from torchvision.datasets import FakeData
 
+from common.images import ReadableImages, collate_readable
 from common.sampler import SeededDataset
 from training.sampler import ResumableSampler
 
-IMAGENET_IMAGES = 1_281_167
 STREAM_LOGGER = "timm.data.readers.reader_wds"
-
-
-def create_datasets(args: argparse.Namespace, num_classes: int, input_size: tuple[int, int, int]) -> list[Dataset]:
-    """Training set and validation set.
-
-    Args:
-        args: Arguments of train.py.
-        num_classes: Classes of the model.
-        input_size: (channels, height, width) of the images.
-
-    Raises:
-        ValueError: The data can't be opened, or its labels don't fit ``num_classes``.
-    """
-    val_batch_size = args.validation_batch_size or args.batch_size
-    if args.synthetic:
-        sizes = IMAGENET_IMAGES, val_batch_size
-        return [FakeData(size, input_size, num_classes, random_offset=args.seed) for size in sizes]
-
-    if not args.dataset and not Path(args.data_dir).exists():
-        raise ValueError(f"there is no data directory {args.data_dir}")
-    create = partial(
-        timm.data.create_dataset,
-        args.dataset,
-        root=args.data_dir,
-        download=args.dataset_download,
-        class_map=args.class_map,
-        seed=args.seed,
-        input_img_mode="L" if input_size[0] == 1 else "RGB",
-        input_key=args.input_key,
-        target_key=args.target_key,
-    )
-    try:
-        train = create(
-            split=args.train_split, is_training=True, batch_size=args.batch_size, num_samples=args.train_num_samples
-        )
-        val = create(split=args.val_split, batch_size=val_batch_size, num_samples=args.val_num_samples)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(f"can't open data set {args.dataset!r} in {args.data_dir}: {error}") from error
-    labels = getattr(getattr(train, "reader", train), "class_to_idx", None) or {}
-    if labels and max(labels.values()) >= num_classes:
-        count = max(labels.values()) + 1
-        raise ValueError(f"the data has {count} classes, the model {num_classes}: give --num-classes {count}")
-    return [train, val]
 
 
 class _SkippedSampleHandler(logging.Handler):
@@ -197,19 +152,12 @@ class TrainLoader:
         """Number of images that could not be read so far in this process, and the names of those that have one."""
         if self.sampler is None:
             return self.skipped.value, []
-        indices = self.dataset.corrupt.nonzero().flatten().tolist()
-        return len(indices), [self.dataset.filename(index) for index in indices]
+        names = self.dataset.corrupt.names()
+        return len(names), names
 
 
-def create_validation_loader(
-    dataset: Dataset,
-    args: argparse.Namespace,
-    data_config: dict[str, Any],
-    device: torch.device,
-    rank: int,
-    world_size: int,
-) -> PrefetchLoader:
-    """Validation batches of one process, in order; the sampler says how many are padding.
+class ValidationLoader:
+    """Validation batches of one process, in order; images that can't be read are left out.
 
     Args:
         dataset: Validation set of :func:`create_datasets`, without a transform.
@@ -217,33 +165,57 @@ def create_validation_loader(
         data_config: timm's resolved data configuration of the model.
         device: Device of the batches.
         rank: Rank of this process.
-        world_size: Number of processes.
+        world_size: Number of processes, which differ by one image at most.
+
+    Attributes:
+        images: Number of images over all processes, unknown of a stream.
     """
-    dataset.transform = timm.data.create_transform(
-        data_config["input_size"],
-        interpolation=data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-        crop_pct=data_config["crop_pct"],
-        crop_mode=data_config["crop_mode"],
-        use_prefetcher=True,
-    )
-    stream = isinstance(dataset, IterableDataset)
-    if stream:
-        dataset.set_loader_cfg(num_workers=args.workers)
-    loader = DataLoader(
-        dataset,
-        batch_size=args.validation_batch_size or args.batch_size,
-        sampler=None if stream else OrderedDistributedSampler(dataset, world_size, rank),
-        num_workers=args.workers,
-        collate_fn=fast_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=partial(_init_worker, skipped=multiprocessing.Value("q", 0)),
-        generator=torch.Generator(),  # its own: starting the workers must not advance the run's random state
-    )
-    return PrefetchLoader(
-        loader, data_config["mean"], data_config["std"], channels=data_config["input_size"][0], device=device
-    )
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        args: argparse.Namespace,
+        data_config: dict[str, Any],
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        dataset.transform = timm.data.create_transform(
+            data_config["input_size"],
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            crop_pct=data_config["crop_pct"],
+            crop_mode=data_config["crop_mode"],
+            use_prefetcher=True,
+        )
+        self.readable: ReadableImages | None = None
+        self.images: int | None = None
+        if isinstance(dataset, IterableDataset):
+            dataset.set_loader_cfg(num_workers=args.workers)
+        else:
+            self.images = len(dataset)
+            dataset = self.readable = ReadableImages(dataset)
+        loader = DataLoader(
+            dataset,
+            batch_size=args.validation_batch_size or args.batch_size,
+            sampler=range(rank, len(dataset), world_size) if self.readable else None,
+            num_workers=args.workers,
+            collate_fn=partial(collate_readable, channels=data_config["input_size"][0]),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=partial(_init_worker, skipped=multiprocessing.Value("q", 0)),
+            generator=torch.Generator(),  # its own: starting the workers must not advance the run's random state
+        )
+        self.loader = PrefetchLoader(
+            loader, data_config["mean"], data_config["std"], channels=data_config["input_size"][0], device=device
+        )
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self.loader)
+
+    def corrupt_images(self) -> list[str]:
+        """Names of the images that could not be read so far in this process; of a stream none are known."""
+        return self.readable.corrupt.names() if self.readable else []
 
 
 class BatchAugmentation:

@@ -36,6 +36,7 @@ class RunLog:
             except ImportError as error:
                 raise ValueError("--tensorboard needs the tensorboard package: pip install tensorboard") from error
             self.writer = SummaryWriter(output / "tensorboard", purge_step=update)
+        self._left_out = 0
         self._start = self._last = time.monotonic()
         self._first_update = self._last_update = update
 
@@ -87,3 +88,14 @@ class RunLog:
             (self.output / "corrupt_images.txt").write_text("".join(f"{name}\n" for name in sorted(names)))
             where = f", listed in {self.output / 'corrupt_images.txt'}"
         _logger.warning(f"skipped {count} corrupt image{'s' if count > 1 else ''} so far{where}")
+
+    def corrupt_validation_images(self, names: list[str]) -> None:
+        """Report the validation images that could not be read, once, and list them in ``corrupt_val_images.txt``."""
+        if len(names) == self._left_out:
+            return
+        self._left_out = len(names)
+        listed = self.output / "corrupt_val_images.txt"
+        listed.write_text("".join(f"{name}\n" for name in names))
+        _logger.warning(
+            f"left {len(names)} corrupt image{'s' if len(names) > 1 else ''} out of validation, listed in {listed}"
+        )

@@ -19,10 +19,11 @@ from common.checkpoint import (
     save_weights,
     set_random_state,
 )
+from common.images import UnusableImagesError
 from common.loop import DivergedError, Progress, Trainer
 from common.signals import StoppedError, StopSignals
 from training.args import recorded_args
-from training.data import BatchAugmentation, TrainLoader
+from training.data import BatchAugmentation, TrainLoader, ValidationLoader
 from training.log import RunLog
 from training.validate import evaluate
 
@@ -56,15 +57,17 @@ class Run(Trainer):
         log: Log of the run, in its first process.
         rank: Rank of this process.
         stop: Stop signals of this process.
+        start: Where the first weights came from; part of every checkpoint.
         progress: Where the run is.
     """
 
     args: argparse.Namespace
     train_loader: TrainLoader
-    val_loader: Any
+    val_loader: ValidationLoader
     augment: BatchAugmentation
     rank: int
     stop: StopSignals
+    start: dict[str, str]
     log: RunLog | None = None
     progress: RunProgress = field(default_factory=RunProgress)
 
@@ -151,12 +154,12 @@ class Run(Trainer):
     def _validate(self) -> None:
         """Evaluate the weights and their average, note the best, and report the epoch."""
         metrics = evaluate(self, self.val_loader)
+        self._report_corrupt_images()
         watched = metrics[self.args.eval_metric]
         if self.task.has_ema():
             averaged = evaluate(self, self.val_loader, ema=True)
             watched = averaged[self.args.eval_metric]
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
-        self._report_corrupt_images()
         progress = self.progress
         sign = -1 if self.args.eval_metric == "loss" else 1
         better = progress.best_metric is None or sign * watched > sign * progress.best_metric
@@ -175,6 +178,11 @@ class Run(Trainer):
         if self.log is not None:
             names = {name for _, found in reports for name in found}
             self.log.corrupt_images(len(names) or sum(count for count, _ in reports), sorted(names))
+        left_out = {name for names in gather(self.val_loader.corrupt_images()) for name in names}
+        if left_out and len(left_out) == self.val_loader.images:
+            raise UnusableImagesError(f"no image of the validation set can be read: {min(left_out)}, ...")
+        if self.log is not None:
+            self.log.corrupt_validation_images(sorted(left_out))
 
     def _save(self) -> None:
         """Save the state and the weights, from all processes' random states, in the first process."""
@@ -191,6 +199,7 @@ class Run(Trainer):
         state = {
             "progress": asdict(self.progress),
             "args": recorded_args(self.args),
+            "start": self.start,
             "order": self._order(),
             "weights": weights,
             "optimizer": self.optimizer.state_dict(),

@@ -28,7 +28,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("data", nargs="?", metavar="DIR", help="folder of images, one folder a class, or a .tar, or a dataset's root")
     add("--data-dir", metavar="DIR", help="the same, as an option")
     add("--dataset", default="", help="another kind: wds/, hfds/NAME, hfids/NAME, torch/NAME")
-    add("--split", default="validation", help="default: %(default)s; for wds/ also 'val-{00..63}.tar|50000'")
+    add(
+        "--split", help="default: validation, or a folder without splits itself; for wds/ also 'val-{00..63}.tar|50000'"
+    )
     add("--dataset-download", action="store_true", help="let torch/ and hfids/ datasets download")
     add("--class-map", metavar="FILE", help="class names in the order of the outputs (ImageNet synsets need none)")
     add("--input-key", help="image column (hfds) or file extension (wds)")

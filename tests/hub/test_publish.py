@@ -120,6 +120,42 @@ class TestRun:
         (run / "args.yaml").write_text(yaml.safe_dump({**options, "num_classes": 4}))
         assert "does not fit tiny_resnet.hub" in fails(capsys, str(run), "--repo", "me/x", "--license", "mit")
 
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_a_run_from_a_file_is_not_from_scratch(self, hub, run, capsys, recorded):
+        # as `--config finetune_converted.yaml --initial-checkpoint FILE` leaves it, with and without its start.json
+        options = yaml.safe_load((run / "args.yaml").read_text())
+        (run / "args.yaml").write_text(yaml.safe_dump({**options, "initial_checkpoint": "/home/me/static.safetensors"}))
+        if recorded:
+            (run / "start.json").write_text(json.dumps({"from": "file", "name": "static.safetensors"}))
+        arguments = [str(run), "--repo", "me/flowers", "--license", "mit"]
+        error = fails(capsys, *arguments)
+        assert "static.safetensors: name their repository with --base-model" in error
+        publish.main([*arguments, "--base-model", "org/static"])
+        card = published(hub, "me/flowers")["README.md"].decode()
+        assert "Fine-tuned from [org/static]" in card and "base_model: org/static" in card
+        assert "`start` | `static.safetensors`" in card and "`pretrained`" not in card
+        publish.main([*arguments, "--base-model", "none"])
+        card = published(hub, "me/flowers")["README.md"].decode()
+        assert "Fine-tuned from weights that are in no repository" in card and "base_model" not in card
+
+    def test_start_of_a_run_wins_over_the_options_of_its_resume(self, hub, run, capsys):
+        (run / "start.json").write_text(json.dumps({"from": "random"}))
+        publish.main([str(run), "--repo", "me/flowers", "--license", "mit"])
+        card = published(hub, "me/flowers")["README.md"].decode()
+        assert "Trained from scratch." in card and "base_model" not in card
+        (run / "start.json").write_text(json.dumps({"from": "unknown"}))
+        assert "which nobody knows: name their repository" in fails(capsys, str(run), "--repo", "me/x")
+
+    def test_names_of_the_classes(self, hub, run):
+        names = ["ant", "bee", "cat|tom", "dog", "eel", "fox"]
+        (run / "classes.txt").write_text("\n".join(names))
+        publish.main([str(run), "--repo", "me/flowers", "--license", "mit"])
+        files = published(hub, "me/flowers")
+        assert json.loads(files["config.json"])["label_names"] == names
+        assert "| Classes | 6: ant, bee, cat\\|tom, dog, eel, fox |" in files["README.md"].decode()
+        model = timm.create_model("hf-hub:me/flowers", pretrained=True, cache_dir=run / "cache")
+        assert model.pretrained_cfg["label_names"] == names
+
     def test_no_run(self, hub, tmp_path, capsys):
         assert "no args.yaml" in fails(capsys, str(tmp_path), "--repo", "me/x")
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,49 @@ def test_a_file_that_differs_does_not_replace_one_that_passed(export, tmp_path, 
     assert (tmp_path / "m.unchecked.torchscript").exists()
 
 
+def test_a_file_that_does_not_run_is_one_line_and_leaves_nothing(export, tmp_path, monkeypatch):
+    def one_size(x):
+        if x.shape[2] != 32:
+            raise AssertionError("Guard failed: x.size()[2] <= 32")
+        return [model(x)]
+
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    monkeypatch.setattr(export, "create_model", lambda args: model)
+
+    def broken(model, x, path, args):
+        path.write_bytes(b"half a file")
+        raise KeyError("a fault\nin many\nlines")
+
+    monkeypatch.setattr(export, "load_file", lambda path: one_size)
+    monkeypatch.setattr(export, "export_file", lambda model, x, path, args: path.touch())
+    arguments = ["resnet18_fdconv", str(tmp_path / "m.torchscript"), "--no-weights", "--img-size", "32"]
+    with pytest.raises(SystemExit, match=r"does not run from the file at all .* Guard failed.*--fixed-size$") as stop:
+        export.main(arguments)
+    assert "\n" not in str(stop.value)
+    monkeypatch.setattr(export, "export_file", broken)
+    with pytest.raises(SystemExit, match="resnet18_fdconv does not export: KeyError: 'a fault"):
+        export.main(arguments)
+    monkeypatch.setattr(export, "export_file", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        export.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_images_of_32_pixels_export_or_say_what_to_do(export, tmp_path, capfd):
+    for ending, options in ((".pt2", []), (".onnx", ["--fixed-size"])):
+        output = tmp_path / f"m{ending}"
+        arguments = ["resnet18_fdconv", str(output), "--no-weights", *SMALL, "--img-size", "32", *options]
+        try:
+            export.main(arguments)
+        except SystemExit as stop:
+            assert "--fixed-size" in str(stop) and "\n" not in str(stop)
+            assert not list(tmp_path.iterdir())
+    shown = capfd.readouterr().err
+    assert "[W:onnxruntime" not in shown and "\x1b[" not in shown
+    assert output.exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -109,7 +153,7 @@ def test_mistakes_end_in_one_line(export, tmp_path, monkeypatch, argv, message):
 
 
 def test_a_checkpoint_that_does_not_fit(export, checkpoint, tmp_path):
-    with pytest.raises(SystemExit, match="fit nothing in the model"):
+    with pytest.raises(SystemExit, match=r"does not fit: .*: the weights are (another architecture's|of a model of)"):
         export.main(["resnet50_fdconv", str(tmp_path / "m.pt2"), "--checkpoint", str(checkpoint[1]), *SMALL])
 
 

@@ -188,11 +188,13 @@ def test_resume_takes_the_rate_of_now(photos, tmp_path):
     assert [group["lr"] for group in groups] == [0.01, 0.01]
 
 
-def test_options_for_speed_leave_plain_checkpoints_and_resume(photos, tmp_path):
+def test_options_for_speed_leave_plain_checkpoints_and_resume(photos, tmp_path, caplog):
+    caplog.set_level("INFO", "train")
     options = ["--torchcompile", "eager", "--channels-last", "--amp", "--amp-dtype", "float16", "--model-ema"]
     options += ["--layer-decay", 0.8, "--opt", "lamb", "--grad-accum-steps", 2, "--clip-grad", 1, "--clip-mode", "agc"]
     options += ["--drop", 0.2, "--mixup", 0.2, "--reprob", 0.5]
     small_run(photos, tmp_path / "whole", *options, "--steps", 4)
+    assert "compiling with eager" in caplog.text
     small_run(photos, tmp_path / "run", *options, "--steps", 2)
     model = timm.create_model("test_resnet", num_classes=2)
     for name in ("last", "last_ema", "model_best"):

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -65,6 +67,8 @@ def test_detector_trains_prints_map_and_goes_on(data, tmp_path, capsys):
     score = float(re.search(r"val/box_mAP (\S+),", printed.out)[1])
     assert 0 <= score <= 1
     assert "4 images for training, 4 for validation" in printed.err
+    assert re.search(r"^epoch 0  update 2  loss \d+\.\d+  lr \d", printed.err, re.M)  # no bar: this is no terminal
+    assert re.search(r"^epoch 0  validated  val/box_mAP ", printed.err, re.M) and "\r" not in printed.err
     assert {"last.ckpt", "best.ckpt", "args.yaml"} <= {path.name for path in output.iterdir()}
     first = torch.load(output / "last.ckpt", weights_only=True)
     assert (first["epoch"], first["global_step"]) == (0, 2)
@@ -206,6 +210,44 @@ def test_missing_masks_are_one_line(data, tmp_path):
     options = ["--head", "upernet", *SMALL, *masks(data), "--train-masks", str(empty)]
     message = error_of([*options, "--output", str(tmp_path / "run")])
     assert f"4 of 4 images in {data / 'train'} have no mask: {empty / '0.png'} of" in message
+
+
+def test_a_head_that_cannot_take_the_backbone_is_one_line(data, tmp_path):
+    options = ["--head", "deeplabv3plus", *SMALL, *masks(data), "--backbone", "swin_tiny_patch4_window7_224"]
+    options += ["--backbone-kwargs", "img_size=64", "depths=[1,1,1,1]", "--output", str(tmp_path / "run")]
+    message = error_of(options)
+    assert "deeplabv3plus dilates its backbone, which swin_tiny_patch4_window7_224 can't be: --head upernet" in message
+
+
+def test_a_backbone_that_is_not_to_be_had_is_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    options = ["--head", "upernet", *SMALL, *masks(data), "--output", str(tmp_path / "run")]
+    assert "unknown model resnet18_fdconf, did you mean" in error_of([*options, "--backbone", "resnet18_fdconf"])
+    detector = ["--head", "faster_rcnn", *SMALL, *boxes(data), "--output", str(tmp_path / "run"), "--pretrained"]
+    message = error_of([*detector, "--backbone-kwargs", "num_bands=8"])
+    assert "Without a network: --initial-checkpoint FILE" in message and "pretrained_cfg_overlay" not in message
+
+
+HELP_WITHOUT = """
+import runpy, sys
+sys.modules["lightning"] = None
+sys.path.insert(0, {scripts!r})
+sys.argv = ["train_dense.py", *{arguments!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_help_without_lightning(data):
+    script = CONFIGS[0].parents[2] / "train_dense.py"
+    for arguments, code, message in (
+        (["--help"], 0, "go on after a stop"),
+        (boxes(data), 1, "train_dense.py: error: needs lightning: pip install -e '.[dense]'"),
+    ):
+        program = HELP_WITHOUT.format(scripts=str(script.parent), script=str(script), arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+        assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_missing_options_are_named(data, capsys):

@@ -88,7 +88,7 @@ def assert_same_checkpoints(one, other):
 def test_resumed_run_ends_as_an_uninterrupted_one(head, signum, more, data, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train_dense.main([*options(head, data, whole), *more])
-    code, output = run_until("Epoch 1:  33%", signum, *options(head, data, cut), *more, script=SCRIPT)
+    code, output = run_until("epoch 1  update 4 ", signum, *options(head, data, cut), *more, script=SCRIPT)
     assert read_progress(cut / "last.ckpt") == (1, 3)
     if signum == signal.SIGKILL:
         assert code == -signal.SIGKILL
@@ -105,7 +105,7 @@ def test_two_processes_stop_by_sigterm_and_go_on_exactly(data, tmp_path):
     more = ["--epochs", "3", "--batch-size", "1", "--freeze-bn"]
     run(*options("mask2former", data, whole), *more, processes=2, script=SCRIPT)
     start = [*options("mask2former", data, cut), *more]
-    code, output = run_until("Epoch 1:  33%", signal.SIGTERM, *start, processes=2, script=SCRIPT)
+    code, output = run_until("epoch 1  update 4 ", signal.SIGTERM, *start, processes=2, script=SCRIPT)
     assert code != 0
     assert "stopped by SIGTERM" in output
     assert read_progress(cut / "last.ckpt") == (1, 3)

@@ -62,6 +62,41 @@ def test_crowds_and_empty_images_are_for_validation_only(data, odd):
     assert val[0][1]["iscrowd"].tolist() == [1, 0]
 
 
+def test_what_is_left_out_is_counted(data, odd):
+    content = json.loads(odd.read_text())
+    content["annotations"][1]["image_id"] = 77
+    odd.write_text(json.dumps(content))
+    train, val = (coco_boxes(data / "train", odd, with_masks=True, train=train) for train in (True, False))
+    assert train.describe() == (
+        "1 crowds, 1 objects of images that are not listed, 1 objects without an area, 2 images without objects"
+    )
+    assert val.describe() == "1 objects of images that are not listed, 1 objects without an area"
+    assert coco_boxes(data / "train", data / "train.json", with_masks=True, train=True).describe() == ""
+
+
+@pytest.mark.parametrize("segmentation", ["none", "empty"])
+def test_masks_are_learnt_from_segmentations_only(data, tmp_path, segmentation):
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][5]["segmentation"] = []
+    if segmentation == "none":
+        del content["annotations"][5]["segmentation"]
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="object 6 has no segmentation, from which mask_rcnn learns"):
+        coco_boxes(data / "train", path, with_masks=True, train=True)
+    assert len(coco_boxes(data / "train", path, with_masks=False, train=True)) == 4
+
+
+@pytest.mark.parametrize("bbox", [None, [1, 2, 3]])
+def test_an_object_without_a_box_is_named(data, tmp_path, bbox):
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][2]["bbox"] = bbox
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"object 3 has the bbox .*, not \[x, y, width, height\]"):
+        coco_boxes(data / "train", path, with_masks=False, train=True)
+
+
 def test_targets_are_plain_tensors_with_and_without_objects(data, odd):
     dataset = coco_boxes(data / "train", odd, with_masks=True, train=False)
     for index, count in ((2, 0), (3, 2)):

@@ -13,10 +13,12 @@ from train_runs import photo_folder, photos
 
 from common.sampler import SampleKey, SeededDataset, seeded
 from training.args import parse_args
-from training.data import BatchAugmentation, TrainLoader, create_datasets, create_validation_loader
+from training.data import BatchAugmentation, TrainLoader, ValidationLoader
+from training.datasets import create_datasets
 from training.sampler import ResumableSampler
 
 CPU = torch.device("cpu")
+ONE_SPLIT = ["--val-split", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_unreadable_images_of_a_torchvision_set_are_replaced_and_noted(tmp_path)
     (tmp_path / "train" / "a").mkdir(parents=True)
     for i, photo in enumerate(photos()[:3]):
         (tmp_path / "train" / "a" / f"{i}.jpg").write_bytes(photo.read_bytes() if i != 1 else b"no image")
-    loader = train_loader("--dataset", "torch/image_folder", "--data-dir", tmp_path, "-j", 0, "-b", 3)
+    loader = train_loader("--dataset", "torch/image_folder", "--data-dir", tmp_path, "-j", 0, "-b", 3, *ONE_SPLIT)
     ((_, labels),) = loader.batches(0)
     assert labels.tolist() == [0, 0, 0]
     assert loader.corrupt_images() == (1, ["index 1"])
@@ -159,7 +161,7 @@ def test_validation_of_a_stream_sees_each_image_once(tmp_path):
     args = parse_args(["-b", "4", "-j", "1", "--img-size", "32", *map(str, shards(tmp_path))])
     config = resolve_data_config(vars(args), pretrained_cfg={})
     _, val_set = create_datasets(args, 1000, config["input_size"])
-    loader = create_validation_loader(val_set, args, config, CPU, 0, 1)
+    loader = ValidationLoader(val_set, args, config, CPU, 0, 1)
     assert sum(len(labels) for _, labels in loader) == 20
 
 

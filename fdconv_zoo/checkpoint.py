@@ -1,0 +1,85 @@
+"""State dicts from elsewhere: the prefixes that wrappers leave, and why one does not fit a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+__all__ = ["describe_misfits", "strip_prefixes"]
+
+# Of DDP, torch.compile, Lightning modules, averaged models, and modules that hold a backbone under a usual name.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.", "ema.", "net.", "network.", "backbone.", "encoder.")
+EXTRA = ("n_averaged",)  # the counter of torch's AveragedModel
+# Missing from checkpoints of before torch 0.4.1, and of before layers kept their options beside their weights.
+OPTIONAL = ("num_batches_tracked", "band_options.values")
+
+
+def strip_prefixes(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the prefixes of wrappers, where all keys have one that the model's own keys lack.
+
+    Args:
+        state_dict: Weights, of a wrapped model perhaps.
+        model: What they are for.
+    """
+    own = model.state_dict()
+    state = {key: value for key, value in state_dict.items() if key not in EXTRA or key in own}
+    while state:
+        prefix = next((wrapper for wrapper in WRAPPERS if all(key.startswith(wrapper) for key in state)), None)
+        if prefix is None or any(key.startswith(prefix) for key in own):
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def describe_misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> str:
+    """Say why weights do not load into a model, with the first key of a kind; empty if they do.
+
+    Args:
+        state_dict: Weights without the prefixes of wrappers.
+        model: What they are for.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict and not key.endswith(OPTIONAL)]
+    unexpected = [key for key in state_dict if key not in own]
+    shapes = [
+        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    kinds = {"missing keys": missing, "unexpected keys": unexpected, "other shapes": shapes}
+    found = [
+        f"{kind} ({len(keys)}): {keys[0]}{', ...' if len(keys) > 1 else ''}" for kind, keys in kinds.items() if keys
+    ]
+    if not found:
+        return ""
+    cause = _guess_cause(state_dict, model, missing, unexpected, shapes)
+    return "; ".join(found) + (f". {cause}" if cause else "")
+
+
+def _guess_cause(
+    state_dict: Mapping[str, Tensor], model: nn.Module, missing: list[str], unexpected: list[str], shapes: list[str]
+) -> str:
+    """What such misfits come from as a rule; empty where nothing is likely."""
+    own = model.state_dict()
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    if classifier and not unexpected and all(text.startswith(classifier) for text in (*missing, *shapes)):
+        return "The classifier only: the weights are of a model with other classes, or without a classifier"
+    parts = (".fdw.", ".ksm.")
+    if any(part in key for key in unexpected for part in parts) and not any(
+        part in key for key in own for part in parts
+    ):
+        return "They are weights of an FDConv model, and this is a static one: its name with _fdconv takes them"
+    if any("dft_weight" in key for key in unexpected):
+        return "The names are the official FDConv code's: convert_official_state_dict reads them"
+    if any(key.startswith("features.") for key in unexpected) and not any(key.startswith("features.") for key in own):
+        return "The names are torchvision's: timm's model of this name has others; convert torchvision's model instead"
+    if any(key.startswith(("optimizer", "lr_scheduler", "epoch", "param_groups")) for key in state_dict):
+        return "It is a training state, not weights: give the file of weights beside it"
+    shared = len(own) - len(missing)
+    if shared < len(own) / 2:
+        return "Most names differ: the weights are another architecture's"
+    if len(shapes) > shared / 4 or missing or unexpected:
+        return "Most names are the same: the weights are of a model of another width or depth, or with other options"
+    return ""

@@ -1,0 +1,48 @@
+"""The parameters of FDConv's modulation, which no static model has: to train them alone, or at a rate of their own."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .convert import named_fd_layers
+
+__all__ = ["freeze_static", "modulation_parameters"]
+
+
+def modulation_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of KSM and FBM in all FDConv layers; the spectra are not among them.
+
+    A converted model starts with them at no effect, and with everything else trained. A rate of their own::
+
+        new = {id(parameter) for _, parameter in modulation_parameters(model)}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) in new], "lr": 1e-3},
+            {"params": [p for p in model.parameters() if id(p) not in new], "lr": 1e-4},
+        ]
+
+    Args:
+        model: A model with FDConv layers, a part of one, or a lone layer.
+    """
+    for name, layer in named_fd_layers(model):
+        for part in ("ksm", "fbm"):
+            module = getattr(layer, part)
+            if module is not None:
+                yield from module.named_parameters(prefix=f"{name}.{part}" if name else part)
+
+
+def freeze_static(module: nn.Module) -> None:
+    """Freeze all parameters but the modulation's, which goes on training.
+
+    For the early stages that detectors freeze as a rule, whose modulation would never move from no effect::
+
+        for stage in (model.conv1, model.bn1, model.layer1):
+            freeze_static(stage)
+
+    BatchNorm's statistics are buffers and go on as they were; an optimiser made before keeps what it was given.
+
+    Args:
+        module: A model or a part of one.
+    """
+    module.requires_grad_(False)
+    for _, parameter in modulation_parameters(module):
+        parameter.requires_grad_(True)

@@ -1,0 +1,132 @@
+"""Folders of images, one folder a class: the folder of a split, the numbers of the classes, and what is not read."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+ENDINGS = frozenset(IMG_EXTENSIONS)
+# In a run's directory: the name of each output a line, as --class-map reads it.
+CLASSES_FILE = "classes.txt"
+# Names of one split, as timm takes them for the same.
+SYNONYMS = (
+    ("train", "training"),
+    ("val", "valid", "validation", "eval", "evaluation"),
+    ("test", "testing"),
+)
+
+
+def find_split(root: Path, split: str) -> Path:
+    """The folder of a split in the root of a data set.
+
+    Args:
+        root: It has a folder for each split, and those a folder for each class.
+        split: Name of the split or a synonym of it.
+
+    Raises:
+        ValueError: There is no such folder; names those there are.
+    """
+    names = [split, *next((group for group in SYNONYMS if split in group), ())]
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    folders = sorted(child.name for child in root.iterdir() if child.is_dir())
+    there = ", ".join(folders[:8]) + (f", ... ({len(folders)} in all)" if len(folders) > 8 else "")
+    raise ValueError(f"{root} has no folder for the split {split}; its folders: {there or 'none'}")
+
+
+def find_split_or_root(root: Path, split: str | None) -> Path:
+    """The folder to validate on: that of the split, or without one the root itself if it has no splits.
+
+    Raises:
+        ValueError: The split is not there, or the root has splits and none of them is for validation.
+    """
+    if split is not None:
+        return find_split(root, split)
+    splits = {name for group in SYNONYMS for name in group}
+    if any(child.name in splits for child in root.iterdir() if child.is_dir()):
+        return find_split(root, "validation")
+    return root
+
+
+class FolderReader(Reader):
+    """Images of a folder with labels, for timm's data sets: timm's folder reader, which leaves nothing out in silence.
+
+    A class is the name of the folder that the images lie in; classes are numbered and images are sorted as timm does.
+
+    Args:
+        root: The folder of a split.
+        class_to_idx: Numbers of the classes; ``None`` numbers those that are found.
+
+    Attributes:
+        samples: Path and label of each image.
+        class_to_idx: Numbers of the classes.
+        missing: Classes with a number and no image.
+        ignored: Files that are not read, by ending.
+
+    Raises:
+        ValueError: There are no images, some lie outside of the classes' folders, or have no number.
+    """
+
+    def __init__(self, root: Path, class_to_idx: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        self.root = root
+        self.ignored: Counter[str] = Counter()
+        found: list[tuple[str, str]] = []
+        for folder, _, names in os.walk(root, followlinks=True):
+            label = "" if folder == str(root) else os.path.basename(folder)
+            for name in names:
+                ending = os.path.splitext(name)[1].lower()
+                if ending in ENDINGS:
+                    found.append((os.path.join(folder, name), label))
+                elif not name.startswith("."):
+                    self.ignored[ending or "without an ending"] += 1
+        if not found:
+            raise ValueError(
+                f"Found 0 images in {root}{self._describe_ignored()}; images end in {', '.join(sorted(ENDINGS))}"
+            )
+        if stray := [path for path, label in found if not label]:
+            raise ValueError(
+                f"{len(stray)} images lie in {root} itself, in no folder of a class: {min(stray)}, ...; "
+                "the place is <split>/<class>/<image>"
+            )
+        classes = {label for _, label in found}
+        if class_to_idx is None:
+            class_to_idx = {label: index for index, label in enumerate(sorted(classes, key=natural_key))}
+        if unknown := sorted(classes - class_to_idx.keys(), key=natural_key):
+            shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+            raise ValueError(f"{root} has {len(unknown)} unknown classes: {shown}")
+        self.class_to_idx = dict(class_to_idx)
+        self.missing = sorted(self.class_to_idx.keys() - classes, key=natural_key)
+        self.samples = [(path, self.class_to_idx[label]) for path, label in found]
+        self.samples.sort(key=lambda sample: natural_key(sample[0]))
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+    def _describe_ignored(self) -> str:
+        return "".join(f", {count} {ending} ignored" for ending, count in self.ignored.most_common(6))
+
+    def describe(self) -> str:
+        """A line: images, classes, those without images, and the files that are not read, by ending."""
+        classes = len(self.class_to_idx) - len(self.missing)
+        line = f"{self.root}: {len(self)} images, {classes} class{'es' if classes > 1 else ''}"
+        if self.missing:
+            shown = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
+            line += f", none of {len(self.missing)} more ({shown})"
+        return line + self._describe_ignored()

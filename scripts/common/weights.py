@@ -1,0 +1,92 @@
+"""Weights from files: out of the wrappings of trainers, into models that they must fit."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from fdconv_zoo import convert_static_state_dict
+from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
+from fdconv_zoo.convert import named_fd_layers
+
+
+def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
+    """Return the weights in a file, out of the wrappings of train.py's states, timm's checkpoints and others.
+
+    timm's own `load_state_dict` would take the trained weights without a word where the averaged ones are missing.
+
+    Args:
+        path: A .safetensors file, or one that `torch.load` reads with `weights_only`.
+        use_ema: Take the averaged weights that a trainer keeps beside the trained ones.
+
+    Raises:
+        ValueError: The file can't be read, or holds no weights, or no averaged ones.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            checkpoint: Any = safetensors.torch.load_file(path)
+        else:
+            # timm's trainer stores its arguments as a Namespace
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, pickle, zipfile and torch each raise their own
+        raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights by name")
+    if isinstance(checkpoint.get("weights"), Mapping) and "last" in checkpoint["weights"]:  # last.state.pt of train.py
+        states = checkpoint["weights"]
+        checkpoint = {"state_dict": states["last"]} | (
+            {"state_dict_ema": states["last_ema"]} if "last_ema" in states else {}
+        )
+    wanted = ("state_dict_ema", "model_ema", "ema_state_dict", "ema") if use_ema else ("state_dict", "model", "weights")
+    key = next((key for key in wanted if isinstance(checkpoint.get(key), Mapping)), None)
+    if use_ema and key is None:
+        raise ValueError(f"checkpoint {path} holds no averaged weights: leave out --use-ema")
+    weights = clean_state_dict(checkpoint[key] if key else checkpoint)
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    if not tensors:
+        there = ", ".join(str(name) for name in list(weights)[:3])
+        raise ValueError(f"checkpoint {path} holds no weights, only {there or 'nothing'}: is it a training state?")
+    return tensors
+
+
+def fit_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict for the model: prefixes of wrappers stripped, a static model's weights converted for an FDConv one.
+
+    Raises:
+        ValueError: It does not fit; names some keys and the likely cause.
+    """
+    state = strip_prefixes(state_dict, model)
+    misfits = describe_misfits(state, model)
+    static = {f"{name}.weight": math.prod(layer.static_shape) for name, layer in named_fd_layers(model)}
+    if misfits and static:
+        own = model.state_dict()
+        odd = {
+            key: value
+            for key, value in state.items()
+            if key not in own and (key not in static or value.numel() != static[key])
+        }
+        rest = {key: value for key, value in state.items() if key not in odd}
+        state = convert_static_state_dict(rest, model) | odd
+        misfits = describe_misfits(state, model)
+    if misfits:
+        raise ValueError(f"the checkpoint does not fit: {misfits}")
+    return state
+
+
+def load_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights into a model; a static model's are moved into the Fourier domain for an FDConv model.
+
+    Raises:
+        ValueError: They do not fit; names some keys and the likely cause, or the options they were saved with.
+    """
+    try:
+        model.load_state_dict(fit_checkpoint(model, state_dict), strict=False)
+    except RuntimeError as error:  # of layers that were saved with other options
+        raise ValueError(f"the checkpoint does not fit: {error}") from None
