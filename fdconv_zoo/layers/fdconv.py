@@ -122,6 +122,9 @@ class _FDLayer(nn.Module):
         self.reset_modulation()
 
     def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
+        # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
+        if static.weight.is_meta and not self.fdw.spectrum.is_meta:
+            self.to("meta")
         self.set_static(static.weight, static.bias)
         self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
         if self.bias is not None:
@@ -285,7 +288,7 @@ class FDConv2d(_FDLayer):
             groups=conv.groups,
             bias=conv.bias is not None,
             init_weights=False,
-            device=conv.weight.device,
+            device=None if conv.weight.is_meta else conv.weight.device,
             dtype=conv.weight.dtype,
             **kwargs,
         )
@@ -410,7 +413,7 @@ class FDLinear(_FDLayer):
             linear.out_features,
             bias=linear.bias is not None,
             init_weights=False,
-            device=linear.weight.device,
+            device=None if linear.weight.is_meta else linear.weight.device,
             dtype=linear.weight.dtype,
             **kwargs,
         )

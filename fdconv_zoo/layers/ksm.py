@@ -18,6 +18,7 @@ import torch
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
+from .ksm_parts import ChannelTaps, Projection
 from .ops.traced import local_logits
 from .ops.types import Gates
 
@@ -64,28 +65,27 @@ class KSM(nn.Module):
         self.sections = [num_bands]
         if modulate_weight:
             self.sections += [in_channels, out_channels] + ([positions] if positions > 1 else [])
-        self.fc = nn.Linear(in_channels, hidden, bias=False, device=device, dtype=dtype)
+        self.fc = Projection(in_channels, hidden, bias=False, device=device, dtype=dtype)
         self.norm = norm_layer(hidden).to(device=device, dtype=dtype)
         self.act = act_layer().to(device=device, dtype=dtype)
-        self.heads = nn.Linear(hidden, sum(self.sections), device=device, dtype=dtype)
+        self.heads = Projection(hidden, sum(self.sections), bias=True, device=device, dtype=dtype)
         if modulate_weight:
             self.local_norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
             num_taps, maps = local_kernel_size(in_channels), out_channels * positions
-            self.local_conv = nn.Conv1d(1, maps, num_taps, padding="same", bias=False, device=device, dtype=dtype)
+            self.local_conv = ChannelTaps(maps, num_taps, device=device, dtype=dtype)
         else:
             self.local_norm = self.local_conv = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random hidden layer, everything after it at zero: all gates start at exactly 1."""
-        self.fc.reset_parameters()
+        self.fc.draw()
         for module in (self.norm, self.act, self.local_norm):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        nn.init.zeros_(self.heads.weight)
-        nn.init.zeros_(self.heads.bias)
+        self.heads.zero()
         if self.local_conv is not None:
-            nn.init.zeros_(self.local_conv.weight)
+            self.local_conv.zero()
 
     def forward(self, pooled: Tensor) -> Gates:
         """Computes the gates of each sample, all but the dense one, whose input and weight stand for it.
@@ -98,13 +98,13 @@ class KSM(nn.Module):
         """
         if not torch.jit.is_scripting():
             self._check_batch(pooled)
-        own = pooled.to(self.fc.weight.dtype)
-        hidden = self.act(self.norm(self.fc(own)[:, :, None, None])).flatten(1)
+        projected = self.fc(pooled)
+        hidden = self.act(self.norm(projected[:, :, None, None])).flatten(1)
         gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype)
         if self.local_norm is None or self.local_conv is None:
             return Gates(gates, None, None, None, None, None)
-        local_input = self.local_norm(own).to(pooled.dtype)
-        local_weight = self.local_conv.weight.to(pooled.dtype)
+        local_input = self.local_norm(pooled.to(projected.dtype)).to(pooled.dtype)
+        local_weight = self.local_conv(pooled)
         positions: Tensor | None = None
         if len(self.sections) == 3:
             bands, channels, filters = gates.split(self.sections, dim=1)
