@@ -14,6 +14,7 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
+from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .fourier import matrix_to_weight, weight_to_matrix
@@ -45,6 +46,7 @@ class _FDLayer(nn.Module):
         reduction: float,
         cutoffs: tuple[float, ...],
         mask_grid: int | None,
+        has_options: bool,
         ksm: bool,
         fbm: bool,
         norm_layer: Callable[..., nn.Module],
@@ -88,6 +90,7 @@ class _FDLayer(nn.Module):
         has_bands = fbm and kernel_size != (1, 1)
         self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.band_options = BandOptions(self.fdw, self.fbm, device) if has_options else None
         if init_weights:
             self._reset_bias()
 
@@ -229,6 +232,7 @@ class FDConv2d(_FDLayer):
             reduction=reduction,
             cutoffs=cutoffs,
             mask_grid=mask_grid,
+            has_options=True,
             ksm=ksm,
             fbm=fbm,
             norm_layer=norm_layer,
@@ -378,6 +382,7 @@ class FDLinear(_FDLayer):
             reduction=reduction,
             cutoffs=(),
             mask_grid=None,
+            has_options=False,
             ksm=ksm,
             fbm=False,
             norm_layer=norm_layer,
