@@ -181,7 +181,7 @@ class FDConv2d(_FDLayer):
             its order of coefficients of equal radius.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
         fbm: False leaves out FBM.
-        norm_layer: Normalisation in KSM.
+        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         init_weights: False leaves static weight and bias to be set.
@@ -341,7 +341,7 @@ class FDLinear(_FDLayer):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of KSM's hidden channels to Cin; at least 16 are kept.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
-        norm_layer: Normalisation in KSM.
+        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         init_weights: False leaves static weight and bias to be set.

@@ -30,7 +30,11 @@ def old_state(layer):
 @pytest.mark.parametrize(
     ("saved", "own", "message"),
     [
-        (conv(mask_grid=64), conv(), "has mask_grid=None, .* was saved, which has mask_grid=64, cutoffs=.1/4, 1/8, 1/16"),
+        (
+            conv(mask_grid=64),
+            conv(),
+            "has mask_grid=None, .* was saved, which has mask_grid=64, cutoffs=.1/4, 1/8, 1/16",
+        ),
         (conv(), conv(mask_grid=64), "has mask_grid=64, .* which has mask_grid=None, cutoffs=.1/4, 1/8, 1/16"),
         (conv(mask_grid=32), conv(mask_grid=64), "has mask_grid=64, .* which has mask_grid=32"),
         (conv(cutoffs=(1 / 3, 1 / 8, 1 / 16)), conv(), r"which has mask_grid=None, cutoffs=\(1/3, 1/8, 1/16\)"),
