@@ -234,7 +234,7 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
             out[f"{prefix}fdw.spectrum"] = to_spectrum(weight_to_matrix(weight.view((*expected, 1, 1)[:4])))
         if f"{prefix}fdw.spectrum" in out:
             for key in layer.state_dict(prefix=prefix):
-                if key != f"{prefix}bias":
+                if key not in (f"{prefix}bias", f"{prefix}filter_scale"):
                     out.setdefault(key, own[key].clone())
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {'; '.join(wrong_shapes)}")
