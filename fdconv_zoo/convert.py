@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .layers import FDConv2d, FDLinear, to_spectrum
 from .layers.fdw import GainMaps
 from .layers.fourier import column_scale, weight_to_matrix
+from .reparameterize import keep_unfused
 
 _logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
     for name, module, reason in layers:
         if not reason:
             _place(model, name, replaced[module])
+            keep_unfused(model, name)
     _logger.info(f"{len(replaced)} of {len(layers)} layers are FDConv now; summary(model) lists them")
     return model
 
