@@ -326,7 +326,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         keys = [key for key in state if key.startswith(prefix)]
         converted = _convert_official_layer({key.removeprefix(prefix): state.pop(key) for key in keys}, layer)
         state.update({f"{prefix}{key}": value for key, value in converted.items()})
-        needed = [key for key in layer.state_dict() if not key.endswith("num_batches_tracked")]
+        needed = [key for key in layer.state_dict() if not key.endswith(("num_batches_tracked", "band_options.values"))]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {'; '.join(wrong_shapes)}")

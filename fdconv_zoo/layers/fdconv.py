@@ -14,6 +14,7 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
+from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .ksm import KSM
@@ -45,6 +46,7 @@ class _FDLayer(HasStaticWeight):
         reduction: float,
         cutoffs: tuple[float, ...],
         mask_grid: int | None,
+        has_options: bool,
         ksm: bool,
         fbm: bool,
         norm_layer: Callable[..., nn.Module],
@@ -88,6 +90,7 @@ class _FDLayer(HasStaticWeight):
         has_bands = fbm and kernel_size != (1, 1)
         self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
+        self.band_options = BandOptions(self.fdw, self.fbm, device) if has_options else None
         if init_weights:
             self._reset_bias()
 
@@ -122,6 +125,9 @@ class _FDLayer(HasStaticWeight):
         self.reset_modulation()
 
     def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
+        # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
+        if static.weight.is_meta and not self.fdw.spectrum.is_meta:
+            self.to("meta")
         self.set_static(static.weight, static.bias)
         self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
         if self.bias is not None:
@@ -180,7 +186,7 @@ class FDConv2d(_FDLayer):
             its order of coefficients of equal radius.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
         fbm: False leaves out FBM.
-        norm_layer: Normalisation in KSM.
+        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         init_weights: False leaves static weight and bias to be set.
@@ -231,6 +237,7 @@ class FDConv2d(_FDLayer):
             reduction=reduction,
             cutoffs=cutoffs,
             mask_grid=mask_grid,
+            has_options=True,
             ksm=ksm,
             fbm=fbm,
             norm_layer=norm_layer,
@@ -290,7 +297,7 @@ class FDConv2d(_FDLayer):
             groups=conv.groups,
             bias=conv.bias is not None,
             init_weights=False,
-            device=conv.weight.device,
+            device=None if conv.weight.is_meta else conv.weight.device,
             dtype=conv.weight.dtype,
             **kwargs,
         )
@@ -339,7 +346,7 @@ class FDLinear(_FDLayer):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of KSM's hidden channels to Cin; at least 16 are kept.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
-        norm_layer: Normalisation in KSM.
+        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         init_weights: False leaves static weight and bias to be set.
@@ -380,6 +387,7 @@ class FDLinear(_FDLayer):
             reduction=reduction,
             cutoffs=(),
             mask_grid=None,
+            has_options=False,
             ksm=ksm,
             fbm=False,
             norm_layer=norm_layer,
@@ -415,7 +423,7 @@ class FDLinear(_FDLayer):
             linear.out_features,
             bias=linear.bias is not None,
             init_weights=False,
-            device=linear.weight.device,
+            device=None if linear.weight.is_meta else linear.weight.device,
             dtype=linear.weight.dtype,
             **kwargs,
         )

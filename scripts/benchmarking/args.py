@@ -22,7 +22,8 @@ EXAMPLES = """examples:
   benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
   benchmark.py --model 'resnet*_fdconv' --device cuda --amp --channels-last --compile --compile-mode reduce-overhead
 
-A train step is forward, backward, a step of plain SGD, and zero_grad; it needs a batch of 2 or more.
+A train step is forward, backward, a step of plain SGD, and zero_grad; at batch 1 KSM's BatchNorm takes its running
+statistics.
 Ctrl-C ends the measuring and keeps what has been measured. The CUDA path is written by the same rules (synchronised,
 CUDA's own memory statistics), but no figure in this project comes from a GPU."""
 
@@ -123,8 +124,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("say what to measure: --model NAME or --preset table, one of them")
     if args.preset and len(args.img_size) > 1:
         raise ValueError(f"--preset table takes one --img-size, got {', '.join(map(str, args.img_size))}")
-    if not args.preset and args.mode == ["train"] and max(args.batch_size) < 2:
-        raise ValueError("a train step needs --batch-size 2 or more: KSM's BatchNorm can't train on one sample")
     if args.results_file.suffix != ".json":
         raise ValueError(f"--results-file must end in .json, got {args.results_file}")
     if args.reference and (args.device != "cpu" or args.amp):

@@ -117,7 +117,7 @@ def load_checkpoint(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load weights into a model; a static model's are moved into the Fourier domain for an FDConv model.
 
     Raises:
-        ValueError: They do not fit; names the keys.
+        ValueError: They do not fit; names the keys, or the options of the layers that they were saved with.
     """
     misfits = describe_misfits(state_dict, model)
     if misfits and any(isinstance(module, FDConv2d | FDLinear) for module in model.modules()):
@@ -125,7 +125,10 @@ def load_checkpoint(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         misfits = describe_misfits(state_dict, model)
     if misfits:
         raise ValueError(f"the checkpoint does not fit: {misfits}")
-    model.load_state_dict(state_dict, strict=False)
+    try:
+        model.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit: {error}") from None
 
 
 def build_model(
