@@ -106,13 +106,13 @@ def impossible_reason(layer: nn.Module) -> str:
     if "weight" not in layer._parameters and not hasattr(layer, "parametrizations"):
         sources = ", ".join(layer._parameters) or "nothing"
         return f"its weight is computed from {sources} by a hook (weight_norm, spectral_norm, pruning)"
-    if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
-        return "it has hooks on its state dict"
     if type(layer) not in COUNTERPARTS:
         if type(layer) in DIMENSIONS:
             known = ", ".join(kind.__name__ for kind in COUNTERPARTS)
             return f"a {DIMENSIONS[type(layer)]} convolution: FDConv is there for {known}"
         return f"a subclass ({type(layer).__name__}) that computes something else"
+    if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
+        return "it has hooks on its state dict"
     if getattr(layer, "groups", 1) > 1:
         return f"groups={layer.groups}"
     if getattr(layer, "padding_mode", "zeros") != "zeros":

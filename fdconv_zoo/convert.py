@@ -85,6 +85,8 @@ def convert_to_fdconv(
             f"FDConv2d and FDLinear have no keyword argument {', '.join(sorted(set(kwargs) - known))} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
+    if set(allow) - set(REASONS):
+        raise ValueError(f"allow={tuple(allow)}, but it may name {', '.join(map(repr, sorted(REASONS)))}")
     candidates = choose(model, include, allow)
     _raise_on_unfit_blocks(candidates)
     shared = find_shared(model, [c.layer for c in candidates if not c.reason])
@@ -121,7 +123,7 @@ def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
         if names:
             raise ValueError(
                 f"{len(names)} layers ({', '.join(names[:3])}{', ...' if names[3:] else ''}) are {reason}. "
-                f"Convert another part of the model alone, leave these with include, or insist with allow=({problem!r},)"
+                f"Convert another part of the model, leave these with include, or insist with allow=({problem!r},)"
             )
 
 

@@ -1,5 +1,7 @@
 """What is replaced is chosen by structure, and does not depend on names or wrappers."""
 
+from itertools import pairwise
+
 import pytest
 import timm
 import torch
@@ -79,7 +81,7 @@ class Parts(nn.Module):
 
 def linears(*widths):
     """Linear layers with an activation between."""
-    layers = [layer for pair in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(*pair), nn.GELU())]
+    layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())]
     return layers[:-1]
 
 
@@ -309,5 +311,5 @@ def test_other_layers_are_listed_with_the_reason():
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(32, 32, 2), nn.LazyConv2d(32, 3)])
 def test_nothing_but_other_layers_is_an_error_that_says_so(layer):
-    with pytest.raises(ValueError, match="replace in Sequential: 0: (a transposed convolution|not initialised)"):
+    with pytest.raises(ValueError, match=r"replace in Sequential: 0: (a transposed convolution|not initialised)"):
         convert_to_fdconv(nn.Sequential(layer))
