@@ -13,7 +13,7 @@ from .fdw import FDW
 class BandOptions(nn.Module):
     """A few integers in a layer's state dict, compared when it is loaded.
 
-    A buffer, and not extra state, for all that reads and writes state dicts knows it: safetensors, accelerate, averages.
+    A buffer, and not extra state: all that reads or writes state dicts knows buffers (safetensors, accelerate, EMA).
 
     Args:
         fdw: The layer's FDW.
@@ -58,9 +58,10 @@ class BandOptions(nn.Module):
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if not saved.is_meta and saved.flatten().tolist() != self.options:
+            layer = prefix.removesuffix(".").rpartition(".")[0] or "the layer"
             error_msgs.append(
-                f"{prefix.removesuffix('.').rpartition('.')[0] or 'the layer'} has {describe(self.options)} and would compute "
-                f"something else than what was saved, which has {describe(saved.tolist())}: build it with that"
+                f"{layer} has {describe(self.options)} and would compute something else than what was saved, which has "
+                f"{describe(saved.tolist())}: build it with that"
             )
         # In memory of its own: an assigned tensor is the checkpoint's.
         self.values = torch.tensor(self.options, device=self.values.device)

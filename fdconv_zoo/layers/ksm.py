@@ -42,8 +42,8 @@ class KSM(nn.Module):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of hidden to input channels; at least 16 channels are kept.
         modulate_weight: False leaves only the gains of the frequency groups (the paper's "FDW only").
-        norm_layer: Normalisation of the hidden (B, A, 1, 1) map. A BatchNorm that trains takes the running statistics for a
-            batch of one (with a warning, once) and leaves them; in TorchScript such a batch is torch's error.
+        norm_layer: Normalisation of the hidden (B, A, 1, 1) map. A BatchNorm that trains takes the running statistics
+            for a batch of one (with a warning, once) and leaves them; in TorchScript such a batch is torch's error.
         act_layer: Activation of the hidden map.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -125,7 +125,7 @@ class KSM(nn.Module):
         return 2 * torch.sigmoid(local_logits(gates.local_input, gates.local_weight, self.kernel_size[1]))
 
     def _normalise(self, hidden: Tensor) -> Tensor:
-        """The hidden map (B, A, 1, 1) normalised; a single sample, of which there are no statistics, by the running ones."""
+        """The hidden map (B, A, 1, 1) normalised; a single sample, which has no statistics, by the running ones."""
         norm = self.norm
         has_statistics = isinstance(norm, _BatchNorm) and norm.running_mean is not None
         if not (has_statistics and norm.training and hidden.shape[0] == 1) or is_synchronised(norm):
@@ -148,10 +148,10 @@ def is_synchronised(norm: nn.Module) -> bool:
 @cache
 def _warn_once() -> None:
     warnings.warn(
-        "a batch of one sample in training: KSM's BatchNorm, which has one value a channel and sample, normalises it by its "
-        "running statistics and leaves those as they are. Where every batch is such, they never leave 0 and 1: build the "
-        "layers with another norm_layer, e.g. norm_layer=functools.partial(nn.GroupNorm, 1) (ksm_norm_layer of the zoo's "
-        "models). Where only an epoch's last batch is: drop_last=True of the DataLoader. Said once",
+        "a batch of one sample in training: KSM's BatchNorm, which has one value a channel and sample, normalises it "
+        "by its running statistics and leaves those as they are. Where every batch is such, they never leave 0 and 1: "
+        "build the layers with another norm_layer, e.g. norm_layer=functools.partial(nn.GroupNorm, 1) (ksm_norm_layer "
+        "of the zoo's models). Where only an epoch's last batch is: drop_last=True of the DataLoader. Said once",
         stacklevel=2,
     )
 

@@ -1,7 +1,7 @@
 """KSM's own little modules, in place of nn.Linear and nn.Conv1d, whose state-dict keys they have.
 
-What others do to a network by type or by class name - initialise, quantise, shard, prune - is not meant for the parts of
-a layer: gates would leave 1 behind the layer's back. And each reads its parameters in its own forward, where whoever
+What others do to a network by type or by class name - initialise, quantise, shard, prune - is not meant for the parts
+of a layer: gates would leave 1 behind the layer's back. And each reads its parameters in its own forward, where whoever
 keeps them elsewhere meanwhile (accelerate, FSDP) puts them in place.
 """
 
@@ -80,7 +80,7 @@ class ChannelTaps(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(self, like: Tensor) -> Tensor:
-        """A copy of the weight in the dtype of `like`: the parameter's memory may be gone after this (FSDP2 frees it)."""
+        """A copy of the weight in the dtype of `like`: FSDP2 frees the parameter's memory after this."""
         return self.weight.to(like.dtype, copy=True)
 
     def extra_repr(self) -> str:

@@ -106,11 +106,3 @@ def test_autocast_leaves_float64_alone_as_it_does_for_conv2d():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv(x).dtype == torch.float64
         assert FDConv2d.from_conv(conv)(x).dtype == torch.float64
-
-
-def test_second_derivatives_are_refused_not_wrong():
-    layer = FDConv2d(20, 24, 3)
-    x = torch.randn(2, 20, 5, 5, requires_grad=True)
-    with pytest.raises(RuntimeError):
-        (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
-        grad.sum().backward()

@@ -1,5 +1,5 @@
 """The arithmetic of FDConv: the operators where the device's implementation computes, plain operations where torch.jit
-or torch.export reads along.
+or torch.export reads along, or torch.func transforms.
 
 This is the one place that asks which of the two is wanted.
 """
@@ -7,7 +7,7 @@ This is the one place that asks which of the two is wanted.
 import torch
 from torch import Tensor
 
-from . import library, traced
+from . import library, traced, transforms
 from .types import Geometry, Inputs, Spectrum
 
 
@@ -18,6 +18,13 @@ def is_exporting() -> bool:
     if not hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_compiling()
     return torch.compiler.is_exporting()
+
+
+def takes_plain_operations() -> bool:
+    """Whether something reads along or transforms what is computed that knows nothing of the operators."""
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return True
+    return is_exporting() or transforms.is_transformed()
 
 
 def is_for_onnx() -> bool:
@@ -46,7 +53,7 @@ def dynamic_conv2d(
     Raises:
         ValueError: If the padded input is smaller than the kernel, where the operator computes.
     """
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
+    if torch.jit.is_scripting() or takes_plain_operations():
         out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
     else:
@@ -69,7 +76,7 @@ def modulate_bands(
     Returns:
         Modulated map (B, C, H, W), dtype of `x`.
     """
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
+    if torch.jit.is_scripting() or takes_plain_operations():
         return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
     else:
         return library.modulate_bands(x, weight, bias, cutoffs, mask_grid)
