@@ -7,6 +7,7 @@ from .convert import (
     convert_to_fdconv,
     summary,
 )
+from .create import create_conv2d
 from .default_cfgs import static_name
 from .layers import FDConv2d, FDLinear
 from .pretrained import PretrainedError
@@ -20,6 +21,7 @@ __all__ = [
     "convert_official_state_dict",
     "convert_static_state_dict",
     "convert_to_fdconv",
+    "create_conv2d",
     "fdconv_convnext",
     "fdconv_mobilenet",
     "fdconv_resnet",

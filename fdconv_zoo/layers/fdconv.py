@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
-from .fourier import matrix_to_weight, weight_to_matrix
 from .ksm import KSM
 from .ops import dynamic_conv2d
 from .ops.types import Geometry, Inputs
+from .static_weight import HasStaticWeight
 
 
 def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -29,7 +29,7 @@ def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tup
     return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
 
 
-class _FDLayer(nn.Module):
+class _FDLayer(HasStaticWeight):
     """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them.
 
     They set `stride`, `dilation` and `pads`, the zeros (left, right, top, bottom).
@@ -89,7 +89,7 @@ class _FDLayer(nn.Module):
         )
         has_bands = fbm and kernel_size != (1, 1)
         self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
-        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
         self.band_options = BandOptions(self.fdw, self.fbm, device) if has_options else None
         if init_weights:
             self._reset_bias()
@@ -119,7 +119,7 @@ class _FDLayer(nn.Module):
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1."""
-        self.fdw.set_matrix(weight if weight.dim() == 2 else weight_to_matrix(weight))
+        self.fill_static(weight)
         if self.bias is not None:
             self.bias.copy_(bias)
         self.reset_modulation()
@@ -134,8 +134,8 @@ class _FDLayer(nn.Module):
             self.bias.requires_grad_(static.bias.requires_grad)
 
     @torch.no_grad()
-    def _copy_static_to(self, twin: nn.Module, weight: Tensor) -> Any:
-        twin.weight.copy_(weight).requires_grad_(self.fdw.spectrum.requires_grad)
+    def _copy_static_to(self, twin: nn.Module) -> Any:
+        twin.weight.copy_(self.static_weight()).requires_grad_(self.fdw.spectrum.requires_grad)
         if self.bias is not None:
             twin.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return twin.train(self.training)
@@ -158,7 +158,12 @@ class _FDLayer(nn.Module):
         if self.fbm is not None:
             x = self.fbm(x)
         geometry = Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
-        return dynamic_conv2d(Inputs(x, gates, spectrum), geometry, self.bias, channels_last, self.recompute)
+        scale, bias = self.filter_scale, self.bias
+        if scale is None:
+            return dynamic_conv2d(Inputs(x, gates, spectrum), geometry, bias, channels_last, self.recompute)
+        out = dynamic_conv2d(Inputs(x, gates, spectrum), geometry, None, channels_last, self.recompute)
+        out = out * scale.to(out.dtype)[:, None, None]
+        return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
@@ -321,7 +326,7 @@ class FDConv2d(_FDLayer):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
             bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
         )  # fmt: skip
-        return self._copy_static_to(conv, matrix_to_weight(self.fdw.matrix(), self.kernel_size))
+        return self._copy_static_to(conv)
 
     def extra_repr(self) -> str:
         return (
@@ -447,7 +452,7 @@ class FDLinear(_FDLayer):
             self.in_features, self.out_features,
             bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
         )  # fmt: skip
-        return self._copy_static_to(linear, self.fdw.matrix())
+        return self._copy_static_to(linear)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
