@@ -1,4 +1,4 @@
-"""The layers of FDConv: FDW makes the weight, KSM gates it, FBM the input; FDConv1d to 3d and FDLinear are all three."""
+"""The layers of FDConv: FDW makes the weight, KSM gates it, FBM the input; FDConv1d to 3d, FDLinear are all three."""
 
 from .fbm import FBM
 from .fdconv import FDConv2d, FDLinear
