@@ -18,7 +18,7 @@ from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .ksm import KSM
-from .ops import dynamic_conv2d
+from .ops import dynamic_conv2d, leaf
 from .ops.types import Geometry, Inputs
 from .static_weight import HasStaticWeight
 
@@ -306,6 +306,10 @@ class FDConv2d(_FDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
@@ -432,6 +436,10 @@ class FDLinear(_FDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
         if not x.is_floating_point():

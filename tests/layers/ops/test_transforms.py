@@ -1,6 +1,5 @@
 """torch.func, and derivatives of derivatives: as of the literal equations, and as a loop of autograd gives them."""
 
-
 import pytest
 import torch
 from torch import nn
