@@ -343,6 +343,9 @@ class FDConv2d(_FDLayer):
 class FDLinear(_FDLayer):
     """Frequency dynamic linear layer, in place of nn.Linear: a 1x1 :class:`FDConv2d` on channels-last input.
 
+    It pools over all tokens of a sample, masked and later ones too: not for causal or sequence-first blocks, nor for
+    padded text. Packed tokens (T, Cin) are T samples of one token, with a weight for each: give (1, T, Cin).
+
     Args:
         in_features: Input channels Cin.
         out_features: Output channels Cout.
