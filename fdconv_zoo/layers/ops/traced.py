@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..fourier import gain_table, gather_gains
-from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_masks
-from .onnx import inverse_rfft2, whole_low_passes
+from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_sides
+from .onnx import box_products, inverse_rfft2
 from .types import Geometry, Inputs, Spectrum, element_gate
 
 
@@ -53,7 +53,9 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
         Logits (B, Cout*kh, Cin*kw).
     """
     batch, channels, num_taps = pooled.shape[0], pooled.shape[1], weight.shape[2]
-    taps = F.pad(pooled, (num_taps // 2, num_taps // 2)).unfold(1, channels, 1).contiguous()
+    padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
+    # Slices and no unfold, which the tracing exporter to ONNX does not know, nor vmap its gradient.
+    taps = torch.stack([padded[:, i : padded.shape[1] - (num_taps - 1 - i)] for i in range(num_taps)], dim=1)
     if kernel_width > 1:
         blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
         taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
@@ -130,14 +132,14 @@ def modulate_bands(
     mask_grid: int | None,
     for_onnx: bool = False,
 ) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.modulate_bands`; `for_onnx` avoids transforms that ONNX gets wrong."""
+    """:func:`fdconv_zoo.layers.ops.modulate_bands`; `for_onnx` avoids transforms, which ONNX lacks or gets wrong."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     factors = band_factors(band_gates(exact, weight.to(exact.dtype), bias.to(exact.dtype)))
     modulated = factors[:, :1] * exact
     if mask_grid is None:
         lows = box_low_passes(exact, cutoffs, False)
     elif for_onnx:
-        lows = whole_low_passes(exact, grid_masks(exact, cutoffs, mask_grid))
+        lows = box_products(exact, grid_sides(exact, cutoffs, mask_grid))
     else:
         lows = grid_low_passes(exact, cutoffs, mask_grid)
     for i, low in enumerate(lows):
