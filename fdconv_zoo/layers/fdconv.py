@@ -18,7 +18,7 @@ from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .ksm import KSM
-from .ops import dynamic_conv2d
+from .ops import dynamic_conv2d, leaf
 from .ops.types import Geometry, Inputs
 from .padding import explicit_pads
 from .static_weight import HasStaticWeight
@@ -296,6 +296,10 @@ class FDConv2d(_FDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
@@ -328,6 +332,9 @@ class FDConv2d(_FDLayer):
 @register_notrace_module
 class FDLinear(_FDLayer):
     """Frequency dynamic linear layer, in place of nn.Linear: a 1x1 :class:`FDConv2d` on channels-last input.
+
+    It pools over all tokens of a sample, masked and later ones too: not for causal or sequence-first blocks, nor for
+    padded text. Packed tokens (T, Cin) are T samples of one token, with a weight for each: give (1, T, Cin).
 
     Args:
         in_features: Input channels Cin.
@@ -422,6 +429,10 @@ class FDLinear(_FDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
         if not x.is_floating_point():

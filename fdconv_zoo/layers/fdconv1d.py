@@ -1,10 +1,12 @@
 """FDConv1d: frequency dynamic convolution of sequences, that of maps one pixel wide."""
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .fbm import FBM1d
 from .fdconvnd import FDConvNd
+from .ops import leaf
 from .ops.types import Geometry
 
 
@@ -23,6 +25,10 @@ class FDConv1d(FDConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, L) with a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         self._check_input(x)
         return self._forward_map(x.unsqueeze(-1), False).squeeze(-1)
 

@@ -1,11 +1,12 @@
 """FDConv3d: frequency dynamic convolution of volumes, in plain operations."""
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .fbm import FBM3d
 from .fdconvnd import FDConvNd
-from .ops import dynamic_conv3d
+from .ops import dynamic_conv3d, leaf
 from .ops.types import Inputs, VolumeGeometry
 
 
@@ -25,6 +26,10 @@ class FDConv3d(FDConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, D, H, W) with a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         self._check_input(x)
         return self._forward_map(x, False)
 

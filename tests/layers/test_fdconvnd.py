@@ -166,6 +166,24 @@ def test_impossible_layers_and_inputs_are_named(cls):
         layer(torch.zeros(2, 18, *[4] * len(layer.stride)).long())
 
 
+@pytest.mark.parametrize("name", ["1d 3", "3d 3"])
+def test_layers_are_leaves_of_fx(name):
+    layer, x = layer_and_input(CASES[name])
+    graph = torch.fx.symbolic_trace(nn.Sequential(layer.eval(), nn.Flatten()))
+    assert relative_error(graph(x), layer(x).flatten(1)) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["1d 3", "3d 3"])
+def test_batch_norm_is_absorbed(name):
+    layer, x = layer_and_input(CASES[name])
+    norm = nn.BatchNorm1d(layer.out_channels) if layer.static_class is nn.Conv1d else nn.BatchNorm3d(layer.out_channels)
+    norm = randomise(norm.double()).eval()
+    expected = norm(layer.eval()(x))
+    layer.absorb_batch_norm(norm)
+    assert relative_error(layer(x), expected) < 1e-12
+    assert layer.weight.shape == layer.static_twin().weight.shape
+
+
 @pytest.mark.parametrize("cls", [FDConv1d, FDConv3d])
 def test_state_dicts_tell_the_cutoffs(cls):
     source = randomise(cls(18, 20, 3, num_bands=8))

@@ -4,8 +4,11 @@ or torch.export reads along, or torch.func transforms.
 This is the one place that asks which of the two is wanted.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+import torch.fx
+from torch import Tensor, nn
 
 from . import library, traced, transforms, volume
 from .types import Geometry, Inputs, Spectrum, VolumeGeometry
@@ -33,6 +36,17 @@ def is_for_onnx() -> bool:
         if torch.onnx.is_in_onnx_export():
             return True
     return False
+
+
+@torch.jit.ignore
+def leaf(module: nn.Module, x: Any) -> Any:
+    """The node of a module in the graph that torch.fx is tracing, if `x` is a node of one: sizes steer what it does.
+
+    So it is a leaf for every tracer, torchvision's create_feature_extractor and torch.ao's among them.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    return None
 
 
 def dynamic_conv2d(
