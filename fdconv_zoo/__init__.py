@@ -9,12 +9,14 @@ from .convert import (
 )
 from .create import create_conv2d
 from .default_cfgs import static_name
-from .layers import FDConv2d, FDLinear
+from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .pretrained import PretrainedError
 from .version import __version__
 
 __all__ = [
+    "FDConv1d",
     "FDConv2d",
+    "FDConv3d",
     "FDLinear",
     "PretrainedError",
     "__version__",

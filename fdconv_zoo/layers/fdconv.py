@@ -7,7 +7,7 @@ from a static one computes the same function until it is trained.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import register_notrace_module, to_2tuple
@@ -20,20 +20,20 @@ from .fdw import FDW, GainMaps
 from .ksm import KSM
 from .ops import dynamic_conv2d, leaf
 from .ops.types import Geometry, Inputs
+from .padding import explicit_pads
 from .static_weight import HasStaticWeight
-
-
-def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Zeros (left, right, top, bottom) that keep the map's size at stride 1, as nn.Conv2d(padding="same")."""
-    vertical, horizontal = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
-    return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
 
 
 class _FDLayer(HasStaticWeight):
     """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them.
 
     They set `stride`, `dilation` and `pads`, the zeros (left, right, top, bottom).
+
+    Attributes:
+        fbm_class: FBM of their maps.
     """
+
+    fbm_class: ClassVar[type[FBM]] = FBM
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class _FDLayer(HasStaticWeight):
             **factory,
         )
         has_bands = fbm and kernel_size != (1, 1)
-        self.fbm = FBM(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
+        self.fbm = self.fbm_class(in_channels, cutoffs, mask_grid, **factory) if has_bands else None
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
         self.band_options = BandOptions(self.fdw, self.fbm, device) if has_options else None
         if init_weights:
@@ -152,12 +152,15 @@ class _FDLayer(HasStaticWeight):
             with torch.autocast(device, enabled=False):
                 return self._convolve(x.to(dtype), channels_last)
 
+    def _geometry(self) -> Geometry:
+        return Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
+
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
         spectrum = self.fdw()
         gates = self.ksm(x.mean([2, 3], dtype=spectrum.coefficients.dtype))
         if self.fbm is not None:
             x = self.fbm(x)
-        geometry = Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
+        geometry = self._geometry()
         scale, bias = self.filter_scale, self.bias
         if scale is None:
             return dynamic_conv2d(Inputs(x, gates, spectrum), geometry, bias, channels_last, self.recompute)
@@ -255,20 +258,7 @@ class FDConv2d(_FDLayer):
         self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
         self.dilation = to_2tuple(dilation)
         self.groups = groups
-        if min(*self.stride, *self.dilation) < 1:
-            raise ValueError(f"stride={stride} and dilation={dilation}, but both must be at least 1")
-        if self.padding == "same":
-            if self.stride != (1, 1):
-                raise ValueError(f"padding='same' needs stride 1, but stride={stride}")
-            self.pads = same_padding(self.kernel_size, self.dilation)
-        elif isinstance(self.padding, str):
-            if self.padding != "valid":
-                raise ValueError(f"padding={padding!r}, but it must be a number, a pair, 'same' or 'valid'")
-            self.pads = (0, 0, 0, 0)
-        elif min(self.padding) < 0:
-            raise ValueError(f"padding={padding}, but it must be at least 0")
-        else:
-            self.pads = (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
+        self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "FDConv2d":

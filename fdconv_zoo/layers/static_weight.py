@@ -220,9 +220,7 @@ class HasStaticWeight(nn.Module):
     @torch.jit.ignore
     def static_weight(self) -> Tensor:
         """What the layer computes with where every gate is 1, shaped as the weight of nn.Conv2d or nn.Linear."""
-        weight = self.fdw.matrix()
-        if len(self.static_shape) > 2:
-            weight = matrix_to_weight(weight, self.kernel_shape)
+        weight = matrix_to_weight(self.fdw.matrix(), self.kernel_shape).view(self.static_shape)
         if self.filter_scale is None:
             return weight
         return weight * self.filter_scale.view(-1, *[1] * (weight.dim() - 1))
@@ -231,7 +229,7 @@ class HasStaticWeight(nn.Module):
     @torch.no_grad()
     def fill_static(self, weight: Tensor) -> None:
         """Takes over a static weight, shaped as that of nn.Conv2d or nn.Linear; bias and gates stay."""
-        self.fdw.set_matrix(weight if weight.dim() == 2 else weight_to_matrix(weight))
+        self.fdw.set_matrix(weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape)))
         self.filter_scale = None
 
     @torch.jit.ignore

@@ -10,8 +10,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import library, traced, transforms
-from .types import Geometry, Inputs, Spectrum
+from . import library, traced, transforms, volume
+from .types import Geometry, Inputs, Spectrum, VolumeGeometry
 
 
 def is_exporting() -> bool:
@@ -73,6 +73,17 @@ def dynamic_conv2d(
     else:
         out = library.dynamic_conv2d(inputs, geometry, channels_last, recompute)
         return out if bias is None else out.add_(bias.to(out.dtype)[:, None, None])
+
+
+def dynamic_conv3d(inputs: Inputs, geometry: VolumeGeometry) -> Tensor:
+    """:func:`dynamic_conv2d` of volumes (B, Cin, D, H, W), in plain operations and without bias."""
+    if torch.jit.is_scripting():
+        return volume.dynamic_conv3d(inputs, geometry, False, False)
+    else:
+        by_patches = torch.jit.is_tracing() or is_exporting()
+        if not by_patches and inputs.x.numel() == 0:
+            return volume.convolve_nothing(inputs, geometry)
+        return volume.dynamic_conv3d(inputs, geometry, by_patches, is_for_onnx())
 
 
 def modulate_bands(

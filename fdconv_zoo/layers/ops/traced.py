@@ -14,7 +14,7 @@ from torch import Tensor
 from ..fourier import gain_table, gather_gains
 from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_sides
 from .onnx import box_products, inverse_rfft2
-from .types import Geometry, Inputs, Spectrum, element_gate
+from .types import Gates, Geometry, Inputs, Spectrum, element_gate
 
 
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: bool = False) -> Tensor:
@@ -98,20 +98,37 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return out.reshape(x.shape[0], weight.shape[1], height, width)
 
 
-def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
-    x, gates, spectrum = inputs.x, inputs.gates, inputs.spectrum
-    kh, kw = geometry.kernel_size
-    batch, rows, columns = x.shape[0], spectrum.coefficients.shape[0], x.shape[1] * kw
+def gated_weights(
+    gates: Gates, spectrum: Spectrum, kernel_size: tuple[int, int], in_channels: int, for_onnx: bool
+) -> Tensor:
+    """Weights of all samples with all gates but the filter gate and the dense gate's factor of 2.
+
+    Args:
+        gates: Gates of the samples.
+        spectrum: Spectrum of the weight.
+        kernel_size: (kh, kw).
+        in_channels: Cin.
+        for_onnx: As in :func:`weight_matrices`.
+
+    Returns:
+        Weights (B, Cout, kh*Cin*kw).
+    """
+    kh, kw = kernel_size
+    batch, rows, columns = gates.bands.shape[0], spectrum.coefficients.shape[0], in_channels * kw
     weight = weight_matrices(spectrum, gates.bands, columns, for_onnx)
     # Optional fields are bound to names: TorchScript knows of those alone that they are not None.
-    local_input, local_weight, filters = gates.local_input, gates.local_weight, gates.filters
+    local_input, local_weight = gates.local_input, gates.local_weight
     if local_input is not None and local_weight is not None:
         weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
-    element = element_gate(gates, geometry.kernel_size)
+    element = element_gate(gates, kernel_size)
     weight = weight.view(batch, rows // kh, kh * columns)
-    if element is not None:
-        weight = weight * element[:, None]
+    return weight if element is None else weight * element[:, None]
+
+
+def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
+    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
+    x, filters = inputs.x, inputs.gates.filters
+    weight = gated_weights(inputs.gates, inputs.spectrum, geometry.kernel_size, x.shape[1], for_onnx)
     out = convolve(x, weight.to(x.dtype), geometry)
     if filters is not None:
         # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
