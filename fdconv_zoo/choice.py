@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from .layers import FDConv2d, FDLinear
+from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .structure import (
     MIN_CHANNELS,
     find_channel_attention,
@@ -23,16 +23,17 @@ from .structure import (
 )
 from .tokens import REASONS, find_unfit
 
-FDLayer = FDConv2d | FDLinear
+FDLayer = FDConv1d | FDConv2d | FDConv3d | FDLinear
 # True insists on a layer, False leaves it, None is the rule's answer.
 Include = Callable[[str, nn.Module], bool | None]
 
 # What a layer of each type is replaced by: its counterpart's constructor from a static layer.
 COUNTERPARTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Conv1d: FDConv1d.from_conv,
     nn.Conv2d: FDConv2d.from_conv,
+    nn.Conv3d: FDConv3d.from_conv,
     nn.Linear: FDLinear.from_linear,
 }
-DIMENSIONS = {nn.Conv1d: "1-D", nn.Conv2d: "2-D", nn.Conv3d: "3-D"}
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 STEMS = {"stem", "conv1", "conv_stem", "patch_embed"}
 SHORTCUTS = {"downsample", "shortcut", "proj"}
@@ -81,14 +82,14 @@ class Candidate(NamedTuple):
 
     def report(self) -> LayerReport:
         weight = getattr(self.layer, "weight", None)
-        known = weight is not None and not isinstance(weight, UninitializedParameter)
+        known = weight is not None and not isinstance(self.layer, LazyModuleMixin)
         return LayerReport(self.name, tuple(weight.shape) if known else (), self.reason)
 
 
 def named_fd_layers(model: nn.Module) -> Iterator[tuple[str, FDLayer]]:
     """Names and modules of the FDConv layers of a model; a lone layer has the empty name."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FDConv2d | FDLinear):
+        if isinstance(module, FDLayer):
             yield name, module
 
 
@@ -99,7 +100,7 @@ def is_narrow(in_channels: int, out_channels: int) -> bool:
 
 def impossible_reason(layer: nn.Module) -> str:
     """Why a layer can't be an FDConv layer, or an empty string."""
-    if isinstance(getattr(layer, "weight", None), UninitializedParameter):
+    if isinstance(layer, LazyModuleMixin):
         return f"not initialised ({type(layer).__name__}): run the model once before it is converted"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return "a transposed convolution: FDConv has none"
@@ -107,9 +108,6 @@ def impossible_reason(layer: nn.Module) -> str:
         sources = ", ".join(layer._parameters) or "nothing"
         return f"its weight is computed from {sources} by a hook (weight_norm, spectral_norm, pruning)"
     if type(layer) not in COUNTERPARTS:
-        if type(layer) in DIMENSIONS:
-            known = ", ".join(kind.__name__ for kind in COUNTERPARTS)
-            return f"a {DIMENSIONS[type(layer)]} convolution: FDConv is there for {known}"
         return f"a subclass ({type(layer).__name__}) that computes something else"
     if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
         return "it has hooks on its state dict"
@@ -141,8 +139,7 @@ class Rules:
     def reason(self, name: str, layer: nn.Module) -> str:
         """Why a layer stays static, or an empty string if it is replaced."""
         network, parts = self._local(name)
-        lazy_or_other = isinstance(getattr(layer, "weight", None), UninitializedParameter)
-        if lazy_or_other or (not isinstance(layer, nn.Conv2d | nn.Linear) and type(layer) not in COUNTERPARTS):
+        if isinstance(layer, LazyModuleMixin | nn.modules.conv._ConvTransposeNd):
             return impossible_reason(layer)
         if "weight" in layer._parameters and is_narrow(*layer.weight.shape[:2]) and getattr(layer, "groups", 1) == 1:
             return f"narrow: fewer than {MIN_CHANNELS} channels"

@@ -182,10 +182,11 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
         if weight is not None:
             # A pointwise convolution and a linear layer may take each other's weight.
             shape, expected = tuple(weight.shape), layer.static_shape
-            if (*shape, 1, 1)[: max(4, len(shape))] != (*expected, 1, 1)[:4]:
+            if (*shape, *[1] * (5 - len(shape))) != (*expected, *[1] * (5 - len(expected))):
                 wrong_shapes.append(f"{prefix}weight {shape} instead of {expected}")
                 continue
-            out[f"{prefix}fdw.spectrum"] = to_spectrum(weight_to_matrix(weight.view((*expected, 1, 1)[:4])))
+            matrix = weight_to_matrix(weight.reshape(*expected[:2], *layer.kernel_shape))
+            out[f"{prefix}fdw.spectrum"] = to_spectrum(matrix)
         if f"{prefix}fdw.spectrum" in out:
             for key in layer.state_dict(prefix=prefix):
                 if key not in (f"{prefix}bias", f"{prefix}filter_scale"):

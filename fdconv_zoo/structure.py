@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from .layers import FDConv2d, FDLinear
+from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 
 # A layer with fewer channels on either side stays static, as in the paper's models.
 MIN_CHANNELS = 17
@@ -17,7 +17,7 @@ ACTIVATION = re.compile(r"relu|gelu|glu|silu|swish|mish|elu|tanh|softplus|activa
 ACTIVATION_ATTRIBUTE = re.compile(r"^(act|activation|nonlinearity|\w*_act|\w*act_fn|activation_fn)$")
 POOLING = re.compile(r"Adaptive(Avg|Max)?Pool|GlobalAvgPool|GlobalPool")
 CONVOLUTION = nn.modules.conv._ConvNd
-LAYERS = (CONVOLUTION, nn.Linear, FDConv2d, FDLinear)
+LAYERS = (CONVOLUTION, nn.Linear, FDConv1d, FDConv2d, FDConv3d, FDLinear)
 
 
 def _holds_layers(module: nn.Module) -> bool:
@@ -116,18 +116,18 @@ def find_channel_attention(model: nn.Module) -> set[nn.Module]:
                     found.update(pair)
         pooled = False
         for name, child in block.named_children():
-            if isinstance(child, nn.Conv2d) and pooled:
+            if isinstance(child, CONVOLUTION) and pooled:
                 found.add(child)
             if isinstance(block, nn.Sequential) or name == "global_pool":
                 size = getattr(child, "output_size", 1)
-                pooled |= bool(POOLING.search(type(child).__name__)) and size in (1, (1, 1), [1, 1])
+                pooled |= bool(POOLING.search(type(child).__name__)) and size in (1, (1,), (1, 1), (1, 1, 1), [1, 1])
     return found
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d | FDConv2d):
-        return layer.kernel_size == (1, 1) and layer.groups == 1
-    return isinstance(layer, nn.Linear | FDLinear)
+    if isinstance(layer, nn.Linear | FDLinear):
+        return True
+    return isinstance(layer, LAYERS) and set(layer.kernel_size) == {1} and layer.groups == 1
 
 
 def network_names(model: nn.Module) -> list[str]:

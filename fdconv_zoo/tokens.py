@@ -1,10 +1,11 @@
-"""Blocks whose tokens FDLinear must not pool: causal ones, and those that keep tokens before samples.
+"""Blocks whose tokens FDConv must not pool: causal ones, and those that keep tokens before samples.
 
-FDLinear makes one weight for a sample from the mean over all its tokens. In a causal block that lets a later token
-change an earlier one; where the first dimension is tokens, it lets one sample change another.
+An FDConv layer makes one weight for a sample from the mean over all its tokens. In a causal block that lets a later
+token change an earlier one; where the first dimension is tokens, it lets one sample change another.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from .structure import find_mlps
 
 REASONS = {
-    "causal": "causal: FDLinear pools over all tokens, so that a later one, or padding, would change those before it",
+    "causal": "causal: FDConv pools over all tokens, so that a later one, or padding, would change those before it",
     "sequence_first": (
         "sequence first: nn.MultiheadAttention(batch_first=False) beside them takes (tokens, batch, channels), and "
         "FDLinear takes the first dimension for samples, so that one sample would change another"
     ),
 }
+
+
+CAUSAL_NAME = re.compile("causal|chomp", re.IGNORECASE)
 
 
 def _is_causal_mask(mask: Tensor) -> bool:
@@ -47,7 +51,7 @@ def _is_causal(module: nn.Module) -> bool:
     """Whether a module says that it is causal: by Hugging Face's attributes, its name, its mask or its source."""
     if getattr(module, "is_causal", False) is True or getattr(module, "is_decoder", False) is True:
         return True
-    if "causal" in type(module).__name__.lower() or isinstance(module, nn.TransformerDecoderLayer):
+    if CAUSAL_NAME.search(type(module).__name__) or isinstance(module, nn.TransformerDecoderLayer):
         return True
     if not type(module).__module__.startswith("torch.") and _masks_by_itself(type(module)):
         return True
@@ -67,9 +71,10 @@ def _blocks(model: nn.Module, matches: Callable[[nn.Module], bool]) -> Iterator[
 
 
 def find_unfit(model: nn.Module) -> dict[nn.Module, str]:
-    """Linear layers for which FDLinear would be wrong, and the key of the reason in `REASONS`."""
+    """Layers for which FDConv would be wrong, and the key of the reason in `REASONS`."""
     unfit: dict[nn.Module, str] = {}
     for key, matches in (("sequence_first", _is_sequence_first), ("causal", _is_causal)):
+        kinds = (nn.Linear, nn.modules.conv._ConvNd) if key == "causal" else (nn.Linear,)
         for block in _blocks(model, matches):
-            unfit.update({part: key for part in block.modules() if isinstance(part, nn.Linear)})
+            unfit.update({part: key for part in block.modules() if isinstance(part, kinds)})
     return unfit

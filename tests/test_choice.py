@@ -8,9 +8,10 @@ import torch
 import torchvision
 from torch import nn
 
-from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, summary
+import fdconv_zoo
+from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict, convert_to_fdconv, summary
 from fdconv_zoo.choice import named_fd_layers
-from tests.compare import relative_error
+from tests.compare import randomise, relative_error
 from tests.small_net import Net
 
 
@@ -295,21 +296,50 @@ def test_a_summary_of_a_converted_model_says_what_was_replaced():
 
 def test_other_layers_are_listed_with_the_reason():
     model = nn.Sequential(
-        nn.Conv1d(32, 32, 3),
-        nn.Conv3d(32, 32, 3),
         nn.ConvTranspose2d(32, 32, 2),
         nn.LazyConv2d(32, 3),
         nn.LazyLinear(32),
+        nn.Conv1d(32, 32, 3, groups=32),
+        nn.Conv3d(32, 8, 3),
+        nn.Conv3d(32, 32, (1, 2, 2), (1, 2, 2)),
     )
-    found = [str(report) for report in summary(model)]
-    assert found[2] == "2: 32x32x2x2 a transposed convolution: FDConv has none"
-    assert found[3] == "3:  not initialised (LazyConv2d): run the model once before it is converted"
-    assert found[4] == "4:  not initialised (LazyLinear): run the model once before it is converted"
-    assert found[0].startswith("0: 32x32x3 a 1-D convolution")
-    assert found[1].startswith("1: 32x32x3x3x3 a 3-D convolution")
+    assert [str(report) for report in summary(model)] == [
+        "0: 32x32x2x2 a transposed convolution: FDConv has none",
+        "1:  not initialised (LazyConv2d): run the model once before it is converted",
+        "2:  not initialised (LazyLinear): run the model once before it is converted",
+        "3: 32x1x3 groups=32",
+        "4: 8x32x3x3x3 narrow: fewer than 17 channels",
+        "5: 32x32x1x2x2 patch embedding or downsampling between stages",
+    ]
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(32, 32, 2), nn.LazyConv2d(32, 3)])
 def test_nothing_but_other_layers_is_an_error_that_says_so(layer):
     with pytest.raises(ValueError, match=r"replace in Sequential: 0: (a transposed convolution|not initialised)"):
         convert_to_fdconv(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@torch.no_grad()
+def test_sequences_and_volumes(dims):
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+
+    def make():
+        return nn.Sequential(
+            conv(4, 20, 3), norm(20), nn.ReLU(), conv(20, 24, 3, 2, 1, bias=False), norm(24), conv(24, 20, 1)
+        )
+
+    model, x = make().eval(), torch.randn(2, 4, *[9] * dims)
+    expected, state = model(x), model.state_dict()
+    assert replaced(model) == ["3", "5"]
+    convert_to_fdconv(model, num_bands=8)
+    assert {type(layer) for _, layer in named_fd_layers(model)} == {getattr(fdconv_zoo, f"FDConv{dims}d")}
+    assert replaced(model) == ["3", "5"]
+    assert relative_error(model(x), expected) < 1e-5
+    fresh = convert_to_fdconv(make(), num_bands=8).eval()
+    fresh.load_state_dict(convert_static_state_dict(state, fresh))
+    assert relative_error(fresh(x), expected) < 1e-5
+    moved = randomise(model)(x)
+    model[3].absorb_batch_norm(model[4])
+    model[4] = nn.Identity()
+    assert relative_error(model(x), moved) < 1e-5

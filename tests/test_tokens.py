@@ -95,6 +95,19 @@ def test_causal_blocks_are_refused(make):
     assert [name for name, _ in named_fd_layers(model)] == ["1.mlp.0", "1.mlp.2"]
 
 
+class CausalConv(nn.Module):
+    """A convolution that sees no later token, by padding of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 3)
+
+
+def test_causal_convolutions_are_refused():
+    with pytest.raises(ValueError, match=r"2 layers \(0.conv, 1.conv\) are causal"):
+        convert_to_fdconv(nn.Sequential(CausalConv(), CausalConv()))
+
+
 def test_decoder_layers_are_refused():
     with pytest.raises(ValueError, match=r"2 layers \(linear1, linear2\) are causal"):
         convert_to_fdconv(nn.TransformerDecoderLayer(32, 4, 48, batch_first=True))

@@ -18,19 +18,41 @@ from fdconv_zoo.choice import named_fd_layers
 from tests.compare import randomise_norms, relative_error
 
 
+@torch.no_grad()
+def lively(name):
+    """A converted model whose gates are off 1, and every layer of which counts."""
+    model = DetectionModel(name, ch=3, nc=4, verbose=False)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad:
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    ultralytics_yolo.convert_backbone(model)
+    for _, layer in named_fd_layers(model):
+        layer.ksm.heads.bias.normal_(std=0.3)
+        layer.ksm.local_conv.weight.normal_(std=0.3)
+    for module in randomise_norms(model).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(torch.rand(8, 3, 64, 64))
+    return model.eval()
+
+
+def scores(model, x):
+    """Logits of the classes: boxes depend on little but their places."""
+    return model(x)[0][:, 4:].logit(1e-6)
+
+
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])
 @torch.no_grad()
 def test_fuse_absorbs_batch_norm_exactly(name):
-    model = DetectionModel(name, ch=3, nc=4, verbose=False)
-    randomise_norms(model)
-    ultralytics_yolo.convert_backbone(model)
-    for _, layer in named_fd_layers(model):
-        layer.ksm.heads.bias.normal_(std=0.1)
-    model.eval()
+    model = lively(name)
     x = torch.rand(2, 3, 64, 64)
-    expected = model(x)[0]
+    expected = scores(model, x)
     fused = copy.deepcopy(model).fuse(verbose=False)
-    assert relative_error(fused(x)[0], expected) < 1e-5
+    assert relative_error(scores(fused, x), expected) < 1e-4
+    # The comparison would say nothing if gates did not matter.
+    for layer in [layer for _, layer in named_fd_layers(model)]:
+        layer.reset_modulation()
+    assert relative_error(scores(model, x), expected) > 0.01
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.model[0].children())
     layers = [layer for _, layer in named_fd_layers(fused)]
     assert len(layers) == len(list(named_fd_layers(model))) > 15
