@@ -39,7 +39,7 @@ def create_detector(head: str, model: str, num_classes: int, pretrained: bool = 
     """
     levels = (-3, -2, -1) if head == "retinanet" else (-4, -3, -2, -1)
     backbone = timm.create_model(model, pretrained=pretrained, features_only=True, out_indices=levels, **kwargs)
-    # With one image, KSM's BatchNorm would have one value a channel. Detectors freeze BatchNorm anyway.
+    # With one image, KSM's BatchNorm has one value a channel and stays at its statistics. Detectors freeze it anyway.
     backbone = freeze_batch_norm_2d(backbone)
     if head == "retinanet":
         pyramid = FeaturePyramid(backbone, extra_blocks=LastLevelP6P7(256, 256))

@@ -8,20 +8,24 @@ from .convert import (
     convert_to_fdconv,
     summary,
 )
+from .create import create_conv2d
 from .default_cfgs import static_name
-from .layers import FDConv2d, FDLinear
+from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .modulation import freeze_static, modulation_parameters
 from .pretrained import PretrainedError
 from .version import __version__
 
 __all__ = [
+    "FDConv1d",
     "FDConv2d",
+    "FDConv3d",
     "FDLinear",
     "PretrainedError",
     "__version__",
     "convert_official_state_dict",
     "convert_static_state_dict",
     "convert_to_fdconv",
+    "create_conv2d",
     "drop_banks",
     "fdconv_convnext",
     "fdconv_mobilenet",

@@ -32,7 +32,11 @@ class FDConvModel(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         chosen, rest = self._split_options(kwargs)
         super().__init__(*args, **rest)
-        convert_to_fdconv(self, include=self._include, **{**self.defaults, **chosen})
+        convert_to_fdconv(self, include=self._rule_within, **{**self.defaults, **chosen})
+
+    @classmethod
+    def _rule_within(cls, name: str, module: nn.Module) -> bool | None:
+        return None if cls._include(name, module) else False
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> NamedTuple:
         """As of any module; a static model's weights, as `create_model(checkpoint_path=...)` hands over, are converted.

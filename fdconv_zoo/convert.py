@@ -5,102 +5,22 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, http
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import FDConv2d, FDLinear, to_spectrum
+from .choice import COUNTERPARTS, Candidate, FDLayer, Include, LayerReport, choose, named_fd_layers
+from .handover import find_shared, hand_over
+from .layers import FDConv2d, to_spectrum
 from .layers.fdw import GainMaps
 from .layers.fourier import column_scale, weight_to_matrix
+from .reparameterize import keep_unfused
+from .tokens import REASONS
 
 _logger = logging.getLogger(__name__)
-
-FDLayer = FDConv2d | FDLinear
-Include = Callable[[str, nn.Module], bool]
-
-# A layer with fewer channels on either side stays static, as in the paper's models.
-MIN_CHANNELS = 17
-STEMS = {"stem", "conv1", "conv_stem", "patch_embed"}
-SHORTCUTS = {"downsample", "shortcut", "proj"}
-CLASSIFIERS = {"head", "heads", "head_dist", "classifier", "fc", "AuxLogits", "aux_classifier"}
-MLPS = {"mlp", "ffn", "block"}
-SQUEEZE_EXCITE = ("SqueezeExcit", "SEModule", "SEBlock", "EffectiveSE")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What becomes of one convolution or linear layer.
-
-    Attributes:
-        name: Name of the layer in the model.
-        shape: Shape of its static weight.
-        reason: Why it stays static; empty where it is (to be) an FDConv layer.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-
-    @property
-    def replaced(self) -> bool:
-        return not self.reason
-
-    def __str__(self) -> str:
-        return f"{self.name}: {'x'.join(map(str, self.shape))} {self.reason or 'FDConv'}"
-
-
-def named_fd_layers(model: nn.Module) -> Iterator[tuple[str, FDLayer]]:
-    """Names and modules of the FDConv layers of a model; a lone layer has the empty name."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FDConv2d | FDLinear):
-            yield name, module
-
-
-def static_reason(name: str, layer: nn.Module, parent: nn.Module | None = None) -> str:
-    """Why a convolution or linear layer stays static (Sec. 4), or an empty string if it is replaced.
-
-    Replaced are the convolutions of a network's blocks and the linear layers of its MLPs.
-
-    Args:
-        name: Name of the layer in the model.
-        layer: The layer.
-        parent: The module that holds it.
-    """
-    parts = name.split(".")
-    if min(layer.weight.shape[:2]) < MIN_CHANNELS and getattr(layer, "groups", 1) == 1:
-        return f"narrow: fewer than {MIN_CHANNELS} channels"
-    if parts[0] in CLASSIFIERS:
-        return "classifier"
-    if type(layer) not in (nn.Conv2d, nn.Linear):
-        return f"a subclass ({type(layer).__name__}) that computes something else"
-    if parts[0] in STEMS and len(parts) <= 2:
-        return "stem"
-    if isinstance(layer, nn.Linear):
-        return "" if MLPS.intersection(parts) else "linear layer outside an MLP"
-    if SHORTCUTS.intersection(parts):
-        return "shortcut or downsampling between stages"
-    if layer.groups > 1:
-        return f"groups={layer.groups}"
-    if layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r}"
-    if layer.kernel_size == layer.stride != (1, 1):
-        return "patch embedding or downsampling between stages"
-    if type(parent).__name__.startswith(SQUEEZE_EXCITE):
-        return "squeeze and excitation"
-    return ""
-
-
-def _static_layers(model: nn.Module, include: Include | None) -> Iterator[tuple[str, nn.Module, str]]:
-    inside = tuple(f"{name}." if name else "" for name, _ in named_fd_layers(model))
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith(inside):
-            reason = static_reason(name, module, model.get_submodule(name.rpartition(".")[0]))
-            if not reason and include is not None and not include(name, module):
-                reason = "not included"
-            yield name, module, reason
 
 
 def summary(model: nn.Module, include: Include | None = None) -> list[LayerReport]:
@@ -111,10 +31,16 @@ def summary(model: nn.Module, include: Include | None = None) -> list[LayerRepor
         include: As for :func:`convert_to_fdconv`.
 
     Returns:
-        A report for each convolution and linear layer.
+        A report for each convolution and linear layer, of whatever dimension. In a converted model those that are
+        static stay static, also where the rules would replace them.
     """
     reports = [LayerReport(name, layer.static_shape, "") for name, layer in named_fd_layers(model)]
-    reports += [LayerReport(name, tuple(m.weight.shape), reason) for name, m, reason in _static_layers(model, include)]
+    is_converted = bool(reports)
+    for candidate in choose(model, include):
+        report = candidate.report()
+        if is_converted and report.replaced:
+            report = replace(report, reason="left when the model was converted")
+        reports.append(report)
     return reports
 
 
@@ -129,22 +55,29 @@ def _place(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs: Any) -> nn.Module:
+def convert_to_fdconv(
+    model: nn.Module, include: Include | None = None, *, allow: Collection[str] = (), **kwargs: Any
+) -> nn.Module:
     """Replaces the layers of a model that the paper replaces, in place; the model computes the same function as before.
 
     Replaced are the convolutions of the blocks and the linear layers of the MLPs; stems, shortcuts, classifiers,
-    grouped and narrow layers stay (:func:`summary` lists them with the reason).
+    grouped and narrow layers stay (:func:`summary` lists them with the reason). Hooks, shared parameters and lists that
+    hold a layer go over to its replacement.
 
     Args:
-        model: Any timm or torchvision CNN or transformer.
-        include: `include(name, module) -> bool` narrows what is replaced.
+        model: Any CNN or transformer of timm, torchvision or one's own.
+        include: `include(name, module)` is asked about each convolution and linear layer: False leaves it, True insists
+            on it where the rules would leave it, None takes the rules' choice.
+        allow: What is refused otherwise: "causal" for the MLPs of causal blocks, "sequence_first" for those of blocks
+            with nn.MultiheadAttention(batch_first=False).
         **kwargs: Keyword arguments of FDConv2d and FDLinear; the latter has no `cutoffs`, `mask_grid` and `fbm`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If a keyword belongs to neither layer, or nothing was replaced.
+        ValueError: If a keyword belongs to neither layer, `include` insists on what can't be replaced, FDLinear would
+            mix what must not be mixed (see `allow`), or nothing was replaced.
     """
     known = layer_options(FDConv2d)
     if set(kwargs) - known:
@@ -152,31 +85,52 @@ def convert_to_fdconv(model: nn.Module, include: Include | None = None, **kwargs
             f"FDConv2d and FDLinear have no keyword argument {', '.join(sorted(set(kwargs) - known))} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
-    linear_kwargs = {key: value for key, value in kwargs.items() if key in layer_options(FDLinear)}
+    if set(allow) - set(REASONS):
+        raise ValueError(f"allow={tuple(allow)}, but it may name {', '.join(map(repr, sorted(REASONS)))}")
+    candidates = choose(model, include, allow)
+    _raise_on_unfit_blocks(candidates)
+    shared = find_shared(model, [c.layer for c in candidates if not c.reason])
     replaced: dict[nn.Module, FDLayer] = {}
     gain_maps: GainMaps = {}
-    layers = list(_static_layers(model, include))
-    for name, module, reason in layers:
-        if not reason and module not in replaced:
-            try:
-                if isinstance(module, nn.Conv2d):
-                    replaced[module] = FDConv2d.from_conv(module, gain_maps=gain_maps, **kwargs)
-                else:
-                    replaced[module] = FDLinear.from_linear(module, gain_maps=gain_maps, **linear_kwargs)
-            except ValueError as error:
-                raise ValueError(f"{name or 'the layer'}: {error}") from None
+    for name, layer, reason, _ in candidates:
+        if reason or layer in replaced:
+            continue
+        if layer in shared:
+            raise ValueError(f"{name}: {shared[layer]}; leave it with include")
+        try:
+            replaced[layer] = _counterpart(layer, gain_maps, kwargs)
+        except ValueError as error:
+            raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:
         raise ValueError(
             f"nothing to replace in {type(model).__name__}: "
-            + ("; ".join(f"{name}: {reason}" for name, _, reason in layers) or "it has no convolution or linear layer")
+            + ("; ".join(f"{c.name}: {c.reason}" for c in candidates) or "it has no convolution or linear layer")
         )
+    hand_over(model, replaced)
     if model in replaced:
         return replaced[model]
-    for name, module, reason in layers:
+    for name, layer, reason, _ in candidates:
         if not reason:
-            _place(model, name, replaced[module])
-    _logger.info(f"{len(replaced)} of {len(layers)} layers are FDConv now; summary(model) lists them")
+            _place(model, name, replaced[layer])
+            keep_unfused(model, name)
+    _logger.info(f"{len(replaced)} of {len(candidates)} layers are FDConv now; summary(model) lists them")
     return model
+
+
+def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
+    for problem, reason in REASONS.items():
+        names = [candidate.name for candidate in candidates if candidate.problem == problem]
+        if names:
+            raise ValueError(
+                f"{len(names)} layers ({', '.join(names[:3])}{', ...' if names[3:] else ''}) are {reason}. "
+                f"Convert another part of the model, leave these with include, or insist with allow=({problem!r},)"
+            )
+
+
+def _counterpart(layer: nn.Module, gain_maps: GainMaps, kwargs: dict[str, Any]) -> FDLayer:
+    make = COUNTERPARTS[type(layer)]
+    options = layer_options(make.__self__)
+    return make(layer, gain_maps=gain_maps, **{key: value for key, value in kwargs.items() if key in options})
 
 
 def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
@@ -228,13 +182,14 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
         if weight is not None:
             # A pointwise convolution and a linear layer may take each other's weight.
             shape, expected = tuple(weight.shape), layer.static_shape
-            if (*shape, 1, 1)[: max(4, len(shape))] != (*expected, 1, 1)[:4]:
+            if (*shape, *[1] * (5 - len(shape))) != (*expected, *[1] * (5 - len(expected))):
                 wrong_shapes.append(f"{prefix}weight {shape} instead of {expected}")
                 continue
-            out[f"{prefix}fdw.spectrum"] = to_spectrum(weight_to_matrix(weight.view((*expected, 1, 1)[:4])))
+            matrix = weight_to_matrix(weight.reshape(*expected[:2], *layer.kernel_shape))
+            out[f"{prefix}fdw.spectrum"] = to_spectrum(matrix)
         if f"{prefix}fdw.spectrum" in out:
             for key in layer.state_dict(prefix=prefix):
-                if key != f"{prefix}bias":
+                if key not in (f"{prefix}bias", f"{prefix}filter_scale"):
                     out.setdefault(key, own[key].clone())
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {'; '.join(wrong_shapes)}")
@@ -324,7 +279,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         keys = [key for key in state if key.startswith(prefix)]
         converted = _convert_official_layer({key.removeprefix(prefix): state.pop(key) for key in keys}, layer)
         state.update({f"{prefix}{key}": value for key, value in converted.items()})
-        needed = [key for key in layer.state_dict() if not key.endswith("num_batches_tracked")]
+        needed = [key for key in layer.state_dict() if not key.endswith(("num_batches_tracked", "band_options.values"))]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {'; '.join(wrong_shapes)}")

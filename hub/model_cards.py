@@ -69,7 +69,7 @@ Not verified:
 - **Intended use**: start of fine-tuning with FDConv, backbone of dense heads (`features_only=True`), and ImageNet
   classification as the base does it.
 - **Limits**: each sample gets weights of its own, so time and memory grow more than GMACs, which leave out everything
-  elementwise and all data movement. KSM has a batch norm over pooled features: training needs at least 2 images in a
+  elementwise and all data movement. KSM has a batch norm over pooled features: training wants at least 2 images in a
   batch. Biases and errors are those of the base and its data, and so is the licence of the weights.
 - **Columns**: parameters in millions, and GMACs for one image of the input size, static base → FDConv. "Test" is the
   size that timm evaluates the base at, where that differs. "Not published there": timm's table has no row; heads of

@@ -49,9 +49,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         plan.append((partial(layer_pair, args.seed), [(8, "eval")]))
         plan.append((partial(small_net_pair, args.seed), [(64, "train")]))
         return plan
-    workloads = [(batch, mode) for mode, batch in product(args.mode, args.batch_size) if batch > 1 or mode == "eval"]
-    if len(workloads) < len(args.mode) * len(args.batch_size):
-        print("training at batch 1 is left out: KSM's BatchNorm can't train on one sample", file=sys.stderr)
+    workloads = [(batch, mode) for mode, batch in product(args.mode, args.batch_size)]
     return [
         (partial(model_pair, name, size, args.seed, args.model_kwargs), workloads)
         for name, size in product(expand_fdconv_names(args.model), args.img_size)

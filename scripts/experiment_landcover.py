@@ -68,7 +68,7 @@ def create_model(variant: str, seed: int) -> nn.Module:
         return model
     parts = ("encoder.", "decoder.") if variant == "fdconv_decoder" else ("encoder.",)
     options = {"num_bands": NUM_BANDS, **VARIANTS[variant]}
-    return convert_to_fdconv(model, include=lambda name, layer: name.startswith(parts), **options)
+    return convert_to_fdconv(model, include=lambda name, _: None if name.startswith(parts) else False, **options)
 
 
 @torch.no_grad()

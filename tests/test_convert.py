@@ -194,17 +194,18 @@ def test_include_narrows_what_is_replaced():
 
     def include(name, module):
         asked.append((name, type(module)))
-        return name.startswith("conv")
+        return None if name.startswith("conv") else False
 
     model = convert_to_fdconv(Net(), include)
     assert [name for name, _ in named_fd_layers(model)] == ["conv2", "conv3"]
-    assert asked == [("conv2", nn.Conv2d), ("conv3", nn.Conv2d), ("mlp.0", nn.Linear), ("mlp.2", nn.Linear)]
+    layers = [("conv1", nn.Conv2d), ("conv2", nn.Conv2d), ("conv3", nn.Conv2d), ("mlp.0", nn.Linear)]
+    assert asked == [*layers, ("mlp.2", nn.Linear), ("fc", nn.Linear)]
     found = {report.name: report.reason for report in summary(Net(), include)}
     assert found["mlp.0"] == found["mlp.2"] == "not included"
 
 
 def test_converting_again_changes_nothing_or_the_rest():
-    model = convert_to_fdconv(Net(), include=lambda name, module: name == "conv2")
+    model = convert_to_fdconv(Net(), include=lambda name, module: None if name == "conv2" else False)
     conv2 = model.conv2
     convert_to_fdconv(model)
     assert model.conv2 is conv2

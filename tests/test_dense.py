@@ -120,7 +120,7 @@ def test_one_image_with_group_norm_in_ksm():
     with torch.no_grad():
         expected = static(x)
     backbone = fdconv_zoo.convert_to_fdconv(
-        static, include=lambda name, module: name.startswith("layer"), norm_layer=partial(nn.GroupNorm, 1)
+        static, include=lambda name, _: None if name.startswith("layer") else False, norm_layer=partial(nn.GroupNorm, 1)
     )
     with torch.no_grad():
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(backbone(x), expected, strict=True))

@@ -11,12 +11,13 @@ What differs from the official code:
 
 from fractions import Fraction
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .low_pass import MAX_DENOMINATOR, low_passes
-from .ops import modulate_bands
+from .ops import modulate_bands, volume
 from .ops.traced import band_gates
 
 
@@ -30,7 +31,10 @@ def check_cutoffs(cutoffs: tuple[float, ...]) -> None:
 
 
 class FBM(nn.Module):
-    """Frequency Band Modulation.
+    """Frequency Band Modulation of maps.
+
+    Attributes:
+        kernel: Size of the convolution that makes the gates.
 
     Args:
         channels: Channels C of the feature map.
@@ -43,6 +47,8 @@ class FBM(nn.Module):
     Raises:
         ValueError: If the cutoffs do not fall strictly within (0, 0.5], or `mask_grid` is below 2.
     """
+
+    kernel: ClassVar[tuple[int, ...]] = (3, 3)
 
     def __init__(
         self,
@@ -61,7 +67,7 @@ class FBM(nn.Module):
         self.cutoffs = [(f.numerator, f.denominator) for f in fractions]
         self.mask_grid = mask_grid
         self.fused = fused
-        self.weight = nn.Parameter(torch.empty(len(cutoffs), channels, 3, 3, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(len(cutoffs), channels, *self.kernel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(len(cutoffs), device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -88,3 +94,45 @@ class FBM(nn.Module):
     def extra_repr(self) -> str:
         limits = ", ".join(f"{n}/{d}" for n, d in self.cutoffs)
         return f"channels={self.weight.shape[1]}, cutoffs=({limits}), mask_grid={self.mask_grid}"
+
+
+class FBM1d(FBM):
+    """Frequency Band Modulation of sequences, as maps (B, C, L, 1): a box of one side, gates by a convolution of 3."""
+
+    kernel = (3,)
+
+    def _filters(self) -> Tensor:
+        """The gates' convolution in the middle column of one of 3x3, whose other columns would see zeros."""
+        middle = self.weight.unsqueeze(-1)
+        zeros = torch.zeros_like(middle)
+        return torch.cat([zeros, middle, zeros], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Modulates a map (B, C, L, 1)."""
+        return modulate_bands(x, self._filters(), self.bias, self.cutoffs, None, self.fused)
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> Tensor:
+        """Modulation maps A_i (B, bands - 1, L, 1) of a map (B, C, L, 1), highest band first (Eq. 10)."""
+        return band_gates(x, self._filters().to(x.dtype), self.bias.to(x.dtype))
+
+
+class FBM3d(FBM):
+    """Frequency Band Modulation of volumes (B, C, D, H, W): a box of three sides, gates by a convolution of 3x3x3."""
+
+    kernel = (3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Modulates a volume (B, C, D, H, W), whose shape and dtype the result has."""
+        return volume.modulate_bands(x, self.weight, self.bias, self.cutoffs)
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> Tensor:
+        """Modulation maps A_i (B, bands - 1, D, H, W) of a volume (B, C, D, H, W), highest band first (Eq. 10)."""
+        return volume.band_gates(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    @torch.jit.ignore
+    def bands(self, x: Tensor) -> Tensor:
+        """Frequency bands (bands, B, C, D, H, W) of a volume (B, C, D, H, W), highest first."""
+        edges = [x, *volume.low_passes(x, self.cutoffs), torch.zeros_like(x)]
+        return torch.stack([above - below for above, below in pairwise(edges)])

@@ -7,32 +7,33 @@ from a static one computes the same function until it is trained.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
+from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
-from .fourier import matrix_to_weight, weight_to_matrix
 from .ksm import KSM
-from .ops import dynamic_conv2d
+from .ops import dynamic_conv2d, leaf
 from .ops.types import Geometry, Inputs
+from .padding import explicit_pads
+from .static_weight import HasStaticWeight
 
 
-def same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Zeros (left, right, top, bottom) that keep the map's size at stride 1, as nn.Conv2d(padding="same")."""
-    vertical, horizontal = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
-    return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
-
-
-class _FDLayer(nn.Module):
+class _FDLayer(HasStaticWeight):
     """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them.
 
     They set `stride`, `dilation` and `pads`, the zeros (left, right, top, bottom).
+
+    Attributes:
+        fbm_class: FBM of their maps.
     """
+
+    fbm_class: ClassVar[type[FBM]] = FBM
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class _FDLayer(nn.Module):
         reduction: float,
         cutoffs: tuple[float, ...],
         mask_grid: int | None,
+        has_options: bool,
         ksm: bool,
         fbm: bool,
         norm_layer: Callable[..., nn.Module],
@@ -88,8 +90,9 @@ class _FDLayer(nn.Module):
             **factory,
         )
         has_bands = fbm and kernel_size != (1, 1)
-        self.fbm = FBM(in_channels, cutoffs, mask_grid, fused=fused, **factory) if has_bands else None
-        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.fbm = self.fbm_class(in_channels, cutoffs, mask_grid, fused=fused, **factory) if has_bands else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
+        self.band_options = BandOptions(self.fdw, self.fbm, device) if has_options else None
         if init_weights:
             self._reset_bias()
 
@@ -118,20 +121,23 @@ class _FDLayer(nn.Module):
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1."""
-        self.fdw.set_matrix(weight if weight.dim() == 2 else weight_to_matrix(weight))
+        self.fill_static(weight)
         if self.bias is not None:
             self.bias.copy_(bias)
         self.reset_modulation()
 
     def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
+        # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
+        if static.weight.is_meta and not self.fdw.spectrum.is_meta:
+            self.to("meta")
         self.set_static(static.weight, static.bias)
         self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
         if self.bias is not None:
             self.bias.requires_grad_(static.bias.requires_grad)
 
     @torch.no_grad()
-    def _copy_static_to(self, twin: nn.Module, weight: Tensor) -> Any:
-        twin.weight.copy_(weight).requires_grad_(self.fdw.spectrum.requires_grad)
+    def _copy_static_to(self, twin: nn.Module) -> Any:
+        twin.weight.copy_(self.static_weight()).requires_grad_(self.fdw.spectrum.requires_grad)
         if self.bias is not None:
             twin.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return twin.train(self.training)
@@ -148,16 +154,22 @@ class _FDLayer(nn.Module):
             with torch.autocast(device, enabled=False):
                 return self._convolve(x.to(dtype), channels_last)
 
+    def _geometry(self) -> Geometry:
+        return Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
+
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
         spectrum = self.fdw()
         exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
         gates = self.ksm(x.mean([2, 3], dtype=exact_dtype))
         if self.fbm is not None:
             x = self.fbm(x)
-        geometry = Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
-        return dynamic_conv2d(
-            Inputs(x, gates, spectrum), geometry, self.bias, channels_last, self.recompute, self.fused
-        )
+        geometry = self._geometry()
+        inputs, scale, bias = Inputs(x, gates, spectrum), self.filter_scale, self.bias
+        if scale is None:
+            return dynamic_conv2d(inputs, geometry, bias, channels_last, self.recompute, self.fused)
+        out = dynamic_conv2d(inputs, geometry, None, channels_last, self.recompute, self.fused)
+        out = out * scale.to(out.dtype)[:, None, None]
+        return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
@@ -180,7 +192,7 @@ class FDConv2d(_FDLayer):
             its order of coefficients of equal radius.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
         fbm: False leaves out FBM.
-        norm_layer: Normalisation in KSM.
+        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
@@ -233,6 +245,7 @@ class FDConv2d(_FDLayer):
             reduction=reduction,
             cutoffs=cutoffs,
             mask_grid=mask_grid,
+            has_options=True,
             ksm=ksm,
             fbm=fbm,
             norm_layer=norm_layer,
@@ -251,20 +264,7 @@ class FDConv2d(_FDLayer):
         self.padding = padding if isinstance(padding, str) else to_2tuple(padding)
         self.dilation = to_2tuple(dilation)
         self.groups = groups
-        if min(*self.stride, *self.dilation) < 1:
-            raise ValueError(f"stride={stride} and dilation={dilation}, but both must be at least 1")
-        if self.padding == "same":
-            if self.stride != (1, 1):
-                raise ValueError(f"padding='same' needs stride 1, but stride={stride}")
-            self.pads = same_padding(self.kernel_size, self.dilation)
-        elif isinstance(self.padding, str):
-            if self.padding != "valid":
-                raise ValueError(f"padding={padding!r}, but it must be a number, a pair, 'same' or 'valid'")
-            self.pads = (0, 0, 0, 0)
-        elif min(self.padding) < 0:
-            raise ValueError(f"padding={padding}, but it must be at least 0")
-        else:
-            self.pads = (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
+        self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "FDConv2d":
@@ -293,7 +293,7 @@ class FDConv2d(_FDLayer):
             groups=conv.groups,
             bias=conv.bias is not None,
             init_weights=False,
-            device=conv.weight.device,
+            device=None if conv.weight.is_meta else conv.weight.device,
             dtype=conv.weight.dtype,
             **kwargs,
         )
@@ -302,6 +302,10 @@ class FDConv2d(_FDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
@@ -322,7 +326,7 @@ class FDConv2d(_FDLayer):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
             bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
         )  # fmt: skip
-        return self._copy_static_to(conv, matrix_to_weight(self.fdw.matrix(), self.kernel_size))
+        return self._copy_static_to(conv)
 
     def extra_repr(self) -> str:
         return (
@@ -335,6 +339,9 @@ class FDConv2d(_FDLayer):
 class FDLinear(_FDLayer):
     """Frequency dynamic linear layer, in place of nn.Linear: a 1x1 :class:`FDConv2d` on channels-last input.
 
+    It pools over all tokens of a sample, masked and later ones too: not for causal or sequence-first blocks, nor for
+    padded text. Packed tokens (T, Cin) are T samples of one token, with a weight for each: give (1, T, Cin).
+
     Args:
         in_features: Input channels Cin.
         out_features: Output channels Cout.
@@ -342,7 +349,7 @@ class FDLinear(_FDLayer):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of KSM's hidden channels to Cin; at least 16 are kept.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
-        norm_layer: Normalisation in KSM.
+        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
         act_layer: Activation in KSM.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
@@ -385,6 +392,7 @@ class FDLinear(_FDLayer):
             reduction=reduction,
             cutoffs=(),
             mask_grid=None,
+            has_options=False,
             ksm=ksm,
             fbm=False,
             norm_layer=norm_layer,
@@ -421,7 +429,7 @@ class FDLinear(_FDLayer):
             linear.out_features,
             bias=linear.bias is not None,
             init_weights=False,
-            device=linear.weight.device,
+            device=None if linear.weight.is_meta else linear.weight.device,
             dtype=linear.weight.dtype,
             **kwargs,
         )
@@ -430,6 +438,10 @@ class FDLinear(_FDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
+        if not torch.jit.is_scripting():
+            node = leaf(self, x)
+            if node is not None:
+                return node
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
         if not x.is_floating_point():
@@ -450,7 +462,7 @@ class FDLinear(_FDLayer):
             self.in_features, self.out_features,
             bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
         )  # fmt: skip
-        return self._copy_static_to(linear, self.fdw.matrix())
+        return self._copy_static_to(linear)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

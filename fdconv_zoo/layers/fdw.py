@@ -82,7 +82,8 @@ class FDW(nn.Module):
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
         self.register_buffer("gain_tiles", None, persistent=False)
-        self.init_non_persistent_buffers(gain_maps)
+        # Not that of the parameter, which accelerate's init_empty_weights has put on the meta device by now.
+        self.init_non_persistent_buffers(gain_maps, torch.empty(0, device=device).device)
         if init_weights:
             self._draw_matrix()
 
@@ -97,11 +98,12 @@ class FDW(nn.Module):
         self.set_matrix(torch.empty(self.rows, self.columns, device=self.spectrum.device).uniform_(-bound, bound))
 
     @torch.jit.ignore
-    def init_non_persistent_buffers(self, known: GainMaps | None = None) -> None:
-        """Recomputes the gain map after construction on the meta device (timm's and Hugging Face's protocol).
+    def init_non_persistent_buffers(self, known: GainMaps | None = None, device: torch.device | None = None) -> None:
+        """Recomputes the gain map (timm's and Hugging Face's protocol for what lost its buffers).
 
         Args:
             known: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
+            device: Device of the map; None for that of the spectrum.
         """
         key = self.rows, self.columns, self.num_bands, self.official_order
         gain_map = None if known is None else known.get(key)
@@ -110,7 +112,34 @@ class FDW(nn.Module):
             if known is not None:
                 known[key] = gain_map
         # Copies: modules that share a buffer list it once.
-        self.gain_index, self.gain_tiles = (part.to(self.spectrum.device, copy=True) for part in gain_map)
+        place = self.spectrum.device if device is None else device
+        self.gain_index, self.gain_tiles = (part.to(place, copy=True) for part in gain_map)
+
+    @torch.jit.ignore
+    def _follow_spectrum(self) -> None:
+        """Makes the gain map anew where the spectrum has left the meta device without it, by assignment of a tensor."""
+        if self.gain_index.is_meta and not self.spectrum.is_meta:
+            self.init_non_persistent_buffers()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FDW":
+        """Moves the module; `to_empty` leaves the gain map's numbers, which are no weights to be loaded."""
+        self.drop_bank()
+        self._follow_spectrum()
+        before = self.gain_index, self.gain_tiles
+        super()._apply(fn, recurse)
+        after = self.gain_index, self.gain_tiles
+        if before[0].is_meta and not after[0].is_meta:
+            self.init_non_persistent_buffers()
+        elif not after[0].is_meta:
+            for new, old in zip(after, before, strict=True):
+                if new is not old:
+                    new.copy_(old)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.drop_bank()
+        super()._load_from_state_dict(*args)
+        self._follow_spectrum()
 
     @torch.jit.ignore
     def band_index(self) -> Tensor:
@@ -168,12 +197,15 @@ class FDW(nn.Module):
 
     def forward(self) -> Spectrum:
         """The spectrum, the map of its gains, and the bank if one is kept and there is no gradient to compute."""
-        gain_map = GainMap(self.gain_index, self.gain_tiles)
         if torch.jit.is_scripting():
-            return Spectrum(self.spectrum, gain_map, None, -1)
+            return Spectrum(self.spectrum, GainMap(self.gain_index, self.gain_tiles), None, -1)
         else:
+            self._follow_spectrum()
+            if len(self._forward_hooks) > 0:
+                # What hooks into the end of a module may free its parameters there (FSDP2), before they are used.
+                return Spectrum(self.spectrum.clone(), GainMap(self.gain_index, self.gain_tiles), None, -1)
             bank, version = self._usable_bank()
-            return Spectrum(self.spectrum, gain_map, bank, version)
+            return Spectrum(self.spectrum, GainMap(self.gain_index, self.gain_tiles), bank, version)
 
     @torch.jit.ignore
     def train(self, mode: bool = True) -> "FDW":
@@ -181,14 +213,6 @@ class FDW(nn.Module):
         if mode:
             self.drop_bank()
         return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FDW":
-        self.drop_bank()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_bank()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept_bank": None}

@@ -12,12 +12,18 @@ What differs from the official code:
 """
 
 import math
+import warnings
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .ksm_parts import ChannelTaps, Projection
 from .ops.traced import local_logits
 from .ops.types import Gates
 
@@ -37,7 +43,8 @@ class KSM(nn.Module):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of hidden to input channels; at least 16 channels are kept.
         modulate_weight: False leaves only the gains of the frequency groups (the paper's "FDW only").
-        norm_layer: Normalisation of the hidden (B, A, 1, 1) map.
+        norm_layer: Normalisation of the hidden (B, A, 1, 1) map. A BatchNorm that trains takes the running statistics
+            for a batch of one (with a warning, once) and leaves them; in TorchScript such a batch is torch's error.
         act_layer: Activation of the hidden map.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -64,47 +71,46 @@ class KSM(nn.Module):
         self.sections = [num_bands]
         if modulate_weight:
             self.sections += [in_channels, out_channels] + ([positions] if positions > 1 else [])
-        self.fc = nn.Linear(in_channels, hidden, bias=False, device=device, dtype=dtype)
+        self.fc = Projection(in_channels, hidden, bias=False, device=device, dtype=dtype)
         self.norm = norm_layer(hidden).to(device=device, dtype=dtype)
         self.act = act_layer().to(device=device, dtype=dtype)
-        self.heads = nn.Linear(hidden, sum(self.sections), device=device, dtype=dtype)
+        self.heads = Projection(hidden, sum(self.sections), bias=True, device=device, dtype=dtype)
         if modulate_weight:
             self.local_norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
             num_taps, maps = local_kernel_size(in_channels), out_channels * positions
-            self.local_conv = nn.Conv1d(1, maps, num_taps, padding="same", bias=False, device=device, dtype=dtype)
+            self.local_conv = ChannelTaps(maps, num_taps, device=device, dtype=dtype)
         else:
             self.local_norm = self.local_conv = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random hidden layer, everything after it at zero: all gates start at exactly 1."""
-        self.fc.reset_parameters()
+        self.fc.draw()
         for module in (self.norm, self.act, self.local_norm):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        nn.init.zeros_(self.heads.weight)
-        nn.init.zeros_(self.heads.bias)
+        self.heads.zero()
         if self.local_conv is not None:
-            nn.init.zeros_(self.local_conv.weight)
+            self.local_conv.zero()
 
     def forward(self, pooled: Tensor) -> Gates:
         """Computes the gates of each sample, all but the dense one, whose input and weight stand for it.
 
         Args:
             pooled: Mean of the input over space (B, Cin); the gates have its dtype.
-
-        Raises:
-            ValueError: If BatchNorm would have to train on a batch of one.
         """
-        if not torch.jit.is_scripting():
-            self._check_batch(pooled)
-        own = pooled.to(self.fc.weight.dtype)
-        hidden = self.act(self.norm(self.fc(own)[:, :, None, None])).flatten(1)
+        projected = self.fc(pooled)
+        hidden = projected[:, :, None, None]
+        if torch.jit.is_scripting():
+            hidden = self.norm(hidden)
+        else:
+            hidden = self._normalise(hidden)
+        hidden = self.act(hidden).flatten(1)
         gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype)
         if self.local_norm is None or self.local_conv is None:
             return Gates(gates, None, None, None, None, None)
-        local_input = self.local_norm(own).to(pooled.dtype)
-        local_weight = self.local_conv.weight.to(pooled.dtype)
+        local_input = self.local_norm(pooled.to(projected.dtype)).to(pooled.dtype)
+        local_weight = self.local_conv(pooled)
         positions: Tensor | None = None
         if len(self.sections) == 3:
             bands, channels, filters = gates.split(self.sections, dim=1)
@@ -119,11 +125,53 @@ class KSM(nn.Module):
             return None
         return 2 * torch.sigmoid(local_logits(gates.local_input, gates.local_weight, self.kernel_size[1]))
 
-    def _check_batch(self, pooled: Tensor) -> None:
-        if isinstance(self.norm, nn.BatchNorm2d) and self.norm.training and pooled.shape[0] == 1:
-            raise ValueError(
-                "KSM's BatchNorm can't train on a batch of 1: it would normalise one value per channel. Use a batch of "
-                "2 or more for each process, freeze the BatchNorm layers (module.eval(), or "
-                "timm.layers.freeze_batch_norm_2d), or build the layer with another norm_layer, e.g. "
-                "norm_layer=functools.partial(nn.GroupNorm, 1)"
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over the static layers of pickles from before KSM had parts of its own."""
+        super().__setstate__(state)
+        for name, part in list(self._modules.items()):
+            if isinstance(part, nn.Linear):
+                own = Projection(part.in_features, part.out_features, part.bias is not None, device="meta")
+                own.bias = part.bias
+            elif isinstance(part, nn.Conv1d):
+                own = ChannelTaps(part.out_channels, part.kernel_size[0], device="meta")
+            else:
+                continue
+            own.weight = part.weight
+            self._modules[name] = own.train(part.training)
+
+    def _normalise(self, hidden: Tensor) -> Tensor:
+        """The hidden map (B, A, 1, 1) normalised; a single sample, which has no statistics, by the running ones."""
+        norm = self.norm
+        has_statistics = isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        if not (has_statistics and norm.training and hidden.shape[0] == 1) or is_synchronised(norm):
+            return norm(hidden)
+        warn_of_lone_sample()
+        norm.training = False
+        try:
+            return norm(hidden)
+        finally:
+            norm.training = True
+
+
+def is_synchronised(norm: nn.Module) -> bool:
+    """Whether the statistics are those of several processes' samples."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_available() or not dist.is_initialized():
+        return False
+    return dist.get_world_size(norm.process_group) > 1
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "a batch of one sample in training: KSM's BatchNorm, which has one value a channel and sample, normalises it "
+        "by its running statistics and leaves those as they are. Where every batch is such, they never leave 0 and 1: "
+        "build the layers with another norm_layer, e.g. norm_layer=functools.partial(nn.GroupNorm, 1) (ksm_norm_layer "
+        "of the zoo's models). Where only an epoch's last batch is: drop_last=True of the DataLoader. Said once",
+        stacklevel=2,
+    )
+
+
+@torch.compiler.assume_constant_result  # the compiler calls it, once, and goes on
+def warn_of_lone_sample() -> None:
+    """Says once a process what becomes of a batch of one in training."""
+    _warn_once()

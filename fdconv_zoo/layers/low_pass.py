@@ -89,20 +89,25 @@ def box_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], share: bool) -> li
     return outputs
 
 
-def grid_masks(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
-    """Official masks (H, W//2+1) for maps (B, C, H, W): those of a square grid, rounded in float32, stretched."""
+def grid_sides(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[tuple[Tensor, Tensor]]:
+    """Official masks for maps (B, C, H, W), those of a square grid, rounded in float32, stretched: rows (H,), columns
+    (W//2+1,) of what each cutoff keeps, which are boxes too."""
     height, half_width = x.shape[2], x.shape[3] // 2 + 1
     # Nearest-neighbour indices with the float32 rounding of F.interpolate.
     u = (torch.arange(height, device=x.device, dtype=torch.float32) * (mask_grid / height)).floor()
     v = (torch.arange(half_width, device=x.device, dtype=torch.float32) * ((mask_grid // 2 + 1) / half_width)).floor()
     vertical = torch.where(u < (mask_grid + 1) // 2, u, mask_grid - u) / mask_grid
     horizontal = v / mask_grid
-    radius = torch.maximum(vertical[:, None], horizontal[None, :])
-    masks: list[Tensor] = []
+    sides: list[tuple[Tensor, Tensor]] = []
     for numerator, denominator in cutoffs:
         limit = torch.full((), numerator / denominator + 1e-8, dtype=torch.float32, device=x.device)
-        masks.append(radius < limit)
-    return masks
+        sides.append((vertical < limit, horizontal < limit))
+    return sides
+
+
+def grid_masks(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:
+    """Official masks (H, W//2+1) for maps (B, C, H, W)."""
+    return [rows[:, None] & columns[None, :] for rows, columns in grid_sides(x, cutoffs, mask_grid)]
 
 
 def grid_low_passes(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> list[Tensor]:

@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   benchmark.py --preset table --traffic bfloat16 --batch-size 64     kernels and bytes on a GPU, counted without one
   benchmark.py --model 'resnet*_fdconv' --device cuda --amp --channels-last --compile --compile-mode reduce-overhead
 
-A train step is forward, backward, a step of plain SGD, and zero_grad; it needs a batch of 2 or more.
+A train step is forward, backward, a step of plain SGD, and zero_grad; at batch 1 KSM's BatchNorm takes its running
+statistics.
 Ctrl-C ends the measuring and keeps what has been measured. The CUDA path is written by the same rules (synchronised,
 CUDA's own memory statistics), but no figure in this project comes from a GPU."""
 
@@ -130,8 +131,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("say what to measure: --model NAME or --preset table, one of them")
     if args.preset and len(args.img_size) > 1:
         raise ValueError(f"--preset table takes one --img-size, got {', '.join(map(str, args.img_size))}")
-    if not args.preset and args.mode == ["train"] and max(args.batch_size) < 2:
-        raise ValueError("a train step needs --batch-size 2 or more: KSM's BatchNorm can't train on one sample")
     if args.traffic and (len(args.batch_size) > 1 or len(args.img_size) > 1 or args.mode != ["eval"] or args.plot):
         raise ValueError("--traffic counts one pass in eval: give one --batch-size, one --img-size and no --plot")
     if args.results_file.suffix != ".json":

@@ -106,7 +106,9 @@ def small_net_pair(seed: int) -> Pair:
     net = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), num_classes=10, in_chans=1)
     net.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
-    fdconv = convert_to_fdconv(copy.deepcopy(net), include=lambda name, _: name.startswith("layer"), num_bands=16)
+    fdconv = convert_to_fdconv(
+        copy.deepcopy(net), include=lambda name, _: None if name.startswith("layer") else False, num_bands=16
+    )
     return Pair("small net, FDConv", "small net", move_gates(fdconv, seed), net, (1, 28, 28))
 
 

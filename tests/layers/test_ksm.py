@@ -1,3 +1,5 @@
+import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -5,6 +7,8 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
+from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.layers import ksm as ksm_module
 from fdconv_zoo.layers.ksm import KSM, local_kernel_size
 from fdconv_zoo.layers.ops import literal
 from tests.compare import randomise, relative_error
@@ -96,18 +100,44 @@ def test_only_the_bands_are_gated_without_weight_modulation():
     assert not any(key.startswith("local") for key in ksm.state_dict())
 
 
-def test_a_batch_of_one_in_training_names_the_ways_out():
-    ksm = KSM(24, 32, (3, 3), 8)
-    one = torch.randn(1, 24)
-    with pytest.raises(ValueError, match="BatchNorm can't train on a batch of 1") as error:
-        ksm(one)
-    assert "freeze_batch_norm_2d" in str(error.value)
-    assert "norm_layer" in str(error.value)
-    assert "module.eval()" in str(error.value)
+@pytest.fixture
+def warned():
+    """Warnings about a single sample, which come once a process."""
+    ksm_module._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(warning.message) for warning in caught if "batch of one" in str(warning.message)]
+    ksm_module._warn_once.cache_clear()
+
+
+def test_a_batch_of_one_in_training_takes_the_running_statistics(warned):
+    ksm = randomise(KSM(24, 32, (3, 3), 8, dtype=torch.float64))
+    before = {key: value.clone() for key, value in ksm.state_dict().items()}
+    pooled = torch.randn(1, 24, dtype=torch.float64)
+    state = {f"ksm.{key}": value for key, value in before.items()}
+    sizes = literal.gate_sizes(8, (32, 24, 3, 3), ksm=True)
+    gates = ksm(pooled)
+    for got, wanted in zip(made(gates), literal.ksm_gates(state, pooled, sizes, training=False)[0], strict=True):
+        assert relative_error(got[0], wanted) < 1e-13
+    sum(gate.square().sum() for gate in made(gates)).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in (ksm.fc.weight, ksm.norm.weight, ksm.norm.bias))
+    assert ksm.norm.training
+    assert all(torch.equal(value, before[key]) for key, value in ksm.state_dict().items())
+    assert len(warned()) == 1
+
+
+def test_the_warning_comes_once_and_names_the_ways_out(warned):
+    layers = [FDConv2d(20, 24, 3), FDLinear(20, 24)]
+    for _ in range(2):
+        layers[0](torch.randn(1, 20, 5, 5))
+        layers[1](torch.randn(1, 7, 20))
+    (message,) = warned()
+    assert "norm_layer=functools.partial(nn.GroupNorm, 1)" in message
+    assert "drop_last=True" in message
 
 
 @pytest.mark.parametrize(
-    "way_out",
+    "quiet",
     [
         lambda: KSM(24, 32, (3, 3), 8).eval(),
         lambda: freeze_batch_norm_2d(KSM(24, 32, (3, 3), 8)),
@@ -115,9 +145,42 @@ def test_a_batch_of_one_in_training_names_the_ways_out():
     ],
     ids=["eval", "frozen", "GroupNorm"],
 )
-def test_each_way_out_works(way_out):
-    gates = way_out()(torch.randn(1, 24))
-    assert all(torch.equal(gate, torch.ones_like(gate)) for gate in made(gates))
+def test_without_a_batch_norm_that_trains_there_is_no_warning(quiet, warned):
+    quiet()(torch.randn(1, 24))
+    assert not warned()
+
+
+def test_larger_batches_have_statistics_of_their_own(warned):
+    ksm, static = KSM(24, 32, (3, 3), 8), nn.BatchNorm2d(16)
+    for batch in (1, 2, 5):
+        pooled = torch.randn(batch, 24)
+        ksm(pooled)
+        if batch > 1:
+            static(ksm.fc(pooled)[:, :, None, None])
+        assert torch.equal(ksm.norm.running_mean, static.running_mean)
+        assert torch.equal(ksm.norm.running_var, static.running_var)
+        assert ksm.norm.num_batches_tracked == static.num_batches_tracked
+
+
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, nn.SyncBatchNorm, partial(nn.BatchNorm2d, affine=False)])
+def test_batch_norms_of_every_kind(norm_layer, warned):
+    ksm = KSM(24, 32, (3, 3), 8, norm_layer=norm_layer)
+    nn.init.normal_(ksm.heads.weight)
+    pooled = torch.randn(1, 24)
+    trained = ksm(pooled)
+    assert all(torch.equal(a, b) for a, b in zip(made(trained), made(ksm.eval()(pooled)), strict=True))
+    assert warned()
+
+
+def test_a_batch_of_one_under_the_compiler(warned):
+    torch.compiler.reset()
+    layer, x = randomise(FDConv2d(20, 24, 3, num_bands=8)), torch.randn(3, 20, 5, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = copy.deepcopy(layer).eval()(x[:1])
+    assert relative_error(compiled(x[:1]), expected) < 1e-6
+    assert layer.ksm.norm.num_batches_tracked == 0
+    assert relative_error(compiled(x), copy.deepcopy(layer)(x)) < 1e-6
+    assert len(warned()) == 1
 
 
 def test_other_norm_and_activation():

@@ -218,6 +218,11 @@ def test_initial_weights_of_a_static_model_with_other_classes(tmp_path):
     torch.testing.assert_close(model.eval().forward_features(images), features, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="does not fit"):
         load_initial_weights(timm.create_model("resnet34_fdconv"), tmp_path / "static.safetensors")
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit: .*\n.*was saved, which has mask_grid=None"):
+        load_initial_weights(
+            timm.create_model("resnet18_fdconv", num_classes=2, mask_grid=64), tmp_path / "own.safetensors"
+        )
 
 
 def test_logs(photos, tmp_path, caplog):

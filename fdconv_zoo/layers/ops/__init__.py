@@ -1,14 +1,17 @@
 """The arithmetic of FDConv: the operators where the device's implementation computes, plain operations where torch.jit
-or torch.export reads along.
+or torch.export reads along, or torch.func transforms.
 
 This is the one place that asks which of the two is wanted.
 """
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from . import library, traced
-from .types import Geometry, Inputs, Spectrum
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from . import library, traced, transforms, volume
+from .types import Geometry, Inputs, Spectrum, VolumeGeometry
 
 
 def is_exporting() -> bool:
@@ -20,12 +23,30 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def takes_plain_operations() -> bool:
+    """Whether something reads along or transforms what is computed that knows nothing of the operators."""
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return True
+    return is_exporting() or transforms.is_transformed()
+
+
 def is_for_onnx() -> bool:
     """Whether an exporter to ONNX reads along, whose transforms are products of matrices."""
     if not torch.jit.is_scripting():
         if torch.onnx.is_in_onnx_export():
             return True
     return False
+
+
+@torch.jit.ignore
+def leaf(module: nn.Module, x: Any) -> Any:
+    """The node of a module in the graph that torch.fx is tracing, if `x` is a node of one: sizes steer what it does.
+
+    So it is a leaf for every tracer, torchvision's create_feature_extractor and torch.ao's among them.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    return None
 
 
 def dynamic_conv2d(
@@ -47,11 +68,22 @@ def dynamic_conv2d(
     Raises:
         ValueError: If the padded input is smaller than the kernel, where the operator computes.
     """
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
+    if torch.jit.is_scripting() or takes_plain_operations():
         out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
     else:
         return library.dynamic_conv2d(inputs, geometry, bias, channels_last, recompute, fused)
+
+
+def dynamic_conv3d(inputs: Inputs, geometry: VolumeGeometry) -> Tensor:
+    """:func:`dynamic_conv2d` of volumes (B, Cin, D, H, W), in plain operations and without bias."""
+    if torch.jit.is_scripting():
+        return volume.dynamic_conv3d(inputs, geometry, False, False)
+    else:
+        by_patches = torch.jit.is_tracing() or is_exporting()
+        if not by_patches and inputs.x.numel() == 0:
+            return volume.convolve_nothing(inputs, geometry)
+        return volume.dynamic_conv3d(inputs, geometry, by_patches, is_for_onnx())
 
 
 def modulate_bands(
@@ -70,7 +102,7 @@ def modulate_bands(
     Returns:
         Modulated map (B, C, H, W), dtype of `x`.
     """
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or is_exporting():
+    if torch.jit.is_scripting() or takes_plain_operations():
         return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
     else:
         return library.modulate_bands(x, weight, bias, cutoffs, mask_grid, fused)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..fourier import GainMap
-from . import triton
+from . import traced, transforms, triton
 from .bank import bank_adjoint, make_bank
 from .eager import bands, conv, limits
 from .eager.weight import Made
@@ -307,9 +307,19 @@ def conv2d_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tenso
         call = ctx.without_tensors._replace(**dict(zip(TENSORS, tensors, strict=True)))
         wanted = Call(*ctx.needs_input_grad)
         needs = [getattr(wanted, name) for name in DIFFERENTIABLE]
+        names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+
+        def plain(*values: Tensor) -> Tensor:
+            changed = call._replace(**dict(zip(names, values, strict=True)))
+            out = traced.dynamic_conv2d(changed.inputs, changed.geometry)
+            return out if changed.bias is None else out + changed.bias.to(out.dtype)[:, None, None]
+
         with without_autocast(grad):
-            grads = torch.ops.fdconv_zoo.dynamic_conv2d_backward.default(grad, gated, gate, needs, *call)
-        found = dict(zip((n for n, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed), grads, strict=True))
+            if transforms.needs_plain_gradients(grad):
+                grads = transforms.gradients(plain, [getattr(call, name) for name in names], grad)
+            else:
+                grads = torch.ops.fdconv_zoo.dynamic_conv2d_backward.default(grad, gated, gate, needs, *call)
+        found = dict(zip(names, grads, strict=True))
     return tuple(found.get(name) for name in Call._fields)
 
 
@@ -339,8 +349,11 @@ def bank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def bank_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments."""
-    grad_coefficients = torch.ops.fdconv_zoo.bank_backward.default(grad, *ctx.saved_tensors, ctx.dtype)
-    return grad_coefficients, None, None, None, None, None
+    if transforms.needs_plain_gradients(grad):
+        found = bank_backward_kernel(grad, *ctx.saved_tensors, ctx.dtype)
+    else:
+        found = torch.ops.fdconv_zoo.bank_backward.default(grad, *ctx.saved_tensors, ctx.dtype)
+    return found, None, None, None, None, None
 
 
 def bank_backward_kernel(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
@@ -449,7 +462,13 @@ def bands_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments."""
     x, weight, bias = ctx.saved_tensors
     need_x = ctx.needs_input_grad[0]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return traced.modulate_bands(x, weight, bias, bands.fractions(ctx.cutoffs), ctx.mask_grid)
+
     with without_autocast(grad):
+        if transforms.needs_plain_gradients(grad):
+            return *transforms.gradients(plain, (x, weight, bias), grad), None, None, None
         grads = torch.ops.fdconv_zoo.modulate_bands_backward.default(
             grad, x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused, need_x=need_x
         )

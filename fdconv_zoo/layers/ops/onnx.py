@@ -1,4 +1,4 @@
-"""What ONNX needs in place of torch.fft: weights by matrix products, low-passes by two-sided transforms.
+"""What ONNX needs in place of torch.fft: matrix products.
 
 ONNX Runtime's DFT loses digits where a size is no power of two (relative error 3e-4 at 3072 x 768, against 5e-7 here)
 and is slow there. These products use the factors of the size (Cooley and Tukey 1965), and real numbers only.
@@ -13,8 +13,9 @@ from torch import Tensor
 
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 2*pi*row*column/period, rounded once."""
-    # Whole turns are dropped in integers, where they cost no precision.
-    angle = (rows[:, None] * columns % period).to(torch.float64) * (2 * math.pi / period)
+    # Whole turns are dropped in integers, where they cost no precision. By a tensor: `%` takes no free size.
+    turns = torch.remainder(rows[:, None] * columns, torch.full([], period, device=rows.device))
+    angle = turns.to(torch.float64) * (2 * math.pi / period)
     return torch.cos(angle).to(like), torch.sin(angle).to(like)
 
 
@@ -31,7 +32,8 @@ def inverse_dft(real: Tensor, imaginary: Tensor, size: int) -> tuple[Tensor, Ten
     """
     count, others = real.shape[-2], real.shape[-1]
     short = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    long, used = size // short, -(-count // short)
+    # Not -(-count // short): the tracing exporter divides integers towards zero.
+    long, used = size // short, (count + short - 1) // short
     fine, coarse = torch.arange(short, device=real.device), torch.arange(long, device=real.device)
     outer_cos, outer_sin = _waves(coarse, torch.arange(used, device=real.device), long, real)
     twiddle_cos, twiddle_sin = _waves(coarse, fine, size, real)
@@ -72,17 +74,34 @@ def inverse_rfft2(spectrum: Tensor, columns: int) -> Tensor:
 
 
 @torch.jit.unused
-def whole_low_passes(x: Tensor, masks: list[Tensor]) -> list[Tensor]:
-    """Low-passes of x (B, C, H, W) by half masks (H, W//2+1) without torch.fft.irfft2, for ONNX.
+def box_products(x: Tensor, sides: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Low-passes of x (B, C, H, W) by half masks that are boxes, without torch.fft.
 
-    ONNX infers a wrong shape for the one-sided inverse DFT, for which ONNX Runtime then may reserve too little memory.
+    The tracing exporter has no transforms; the other's one-sided inverse has a wrong shape inferred, for which ONNX
+    Runtime may reserve too little memory.
+
+    Args:
+        x: The maps.
+        sides: Rows (H,) and columns (W//2+1,) that each low-pass keeps. Stretched masks may keep a row and not its
+            mirror image: the products then have an imaginary part, of which the real part of the whole is left.
     """
     height, width = x.shape[2], x.shape[3]
-    row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
-    # The right half is the mirror image of the left one, at negative frequencies in both directions.
-    is_left = column <= width // 2
-    place = torch.where(is_left, row, (height - row) * (row > 0)) * (width // 2 + 1)
-    place = place + torch.where(is_left, column, width - column)
-    spectrum = torch.fft.fftn(x, dim=(2, 3))
-    products = (spectrum * mask.flatten()[place] for mask in masks)
-    return [torch.view_as_real(torch.fft.ifftn(product, dim=(2, 3)))[..., 0] for product in products]
+    row, column = torch.arange(height, device=x.device), torch.arange(width // 2 + 1, device=x.device)
+    # Every column but those which are their own mirror image stands for two.
+    mirror = (column == 0) | (column * 2 == width)
+    weight = (2 - mirror.to(x.dtype)) / width
+    vertical = _waves(row, row, height, x)
+    horizontal = _waves(torch.arange(width, device=x.device), column, width, x)
+    outputs = []
+    for rows, columns in sides:
+        left = _circulant(vertical, rows.to(x.dtype) / height)
+        right = _circulant(horizontal, columns.to(x.dtype) * weight)
+        outputs.append(left[0] @ x @ right[0].t() - left[1] @ x @ right[1].t())
+    return outputs
+
+
+def _circulant(waves: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of the matrix that weights frequencies, exp(2 pi i k (n-m)/N) summed over k."""
+    cosine, sine = waves
+    real = cosine * weight @ cosine.t() + sine * weight @ sine.t()
+    return real, sine * weight @ cosine.t() - cosine * weight @ sine.t()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..fourier import gain_table, gather_gains
-from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_masks
-from .onnx import inverse_rfft2, whole_low_passes
-from .types import Geometry, Inputs, Spectrum, element_gate
+from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_sides
+from .onnx import box_products, inverse_rfft2
+from .types import Gates, Geometry, Inputs, Spectrum, element_gate
 
 
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: bool = False) -> Tensor:
@@ -29,11 +29,13 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     Returns:
         Weight matrices (B, R, C).
     """
+    bank = spectrum.bank
+    if bank is not None:
+        return torch.matmul(gains, bank.to(gains.dtype).flatten(1)).view(-1, bank.shape[1], columns)
     # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
     table = gain_table(gains, math.sqrt(0.5))
-    half = spectrum.coefficients.to(gains.dtype) * gather_gains(table, spectrum.gain_map, columns // 2 + 1).unsqueeze(
-        -1
-    )
+    factors = gather_gains(table, spectrum.gain_map, columns // 2 + 1).unsqueeze(-1)
+    half = spectrum.coefficients.to(gains.dtype) * factors
     if for_onnx:
         return inverse_rfft2(half, columns)
     lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
@@ -55,7 +57,9 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
         Logits (B, Cout*kh, Cin*kw).
     """
     batch, channels, num_taps = pooled.shape[0], pooled.shape[1], weight.shape[2]
-    taps = F.pad(pooled, (num_taps // 2, num_taps // 2)).unfold(1, channels, 1).contiguous()
+    padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
+    # Slices and no unfold, which the tracing exporter to ONNX does not know, nor vmap its gradient.
+    taps = torch.stack([padded[:, i : padded.shape[1] - (num_taps - 1 - i)] for i in range(num_taps)], dim=1)
     if kernel_width > 1:
         blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
         taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
@@ -98,20 +102,37 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return out.reshape(x.shape[0], weight.shape[1], height, width)
 
 
-def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
-    x, gates, spectrum = inputs.x, inputs.gates, inputs.spectrum
-    kh, kw = geometry.kernel_size
-    batch, rows, columns = x.shape[0], spectrum.coefficients.shape[0], x.shape[1] * kw
+def gated_weights(
+    gates: Gates, spectrum: Spectrum, kernel_size: tuple[int, int], in_channels: int, for_onnx: bool
+) -> Tensor:
+    """Weights of all samples with all gates but the filter gate and the dense gate's factor of 2.
+
+    Args:
+        gates: Gates of the samples.
+        spectrum: Spectrum of the weight.
+        kernel_size: (kh, kw).
+        in_channels: Cin.
+        for_onnx: As in :func:`weight_matrices`.
+
+    Returns:
+        Weights (B, Cout, kh*Cin*kw).
+    """
+    kh, kw = kernel_size
+    batch, rows, columns = gates.bands.shape[0], spectrum.coefficients.shape[0], in_channels * kw
     weight = weight_matrices(spectrum, gates.bands, columns, for_onnx)
     # Optional fields are bound to names: TorchScript knows of those alone that they are not None.
-    local_input, local_weight, filters = gates.local_input, gates.local_weight, gates.filters
+    local_input, local_weight = gates.local_input, gates.local_weight
     if local_input is not None and local_weight is not None:
         weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
-    element = element_gate(gates, geometry.kernel_size)
+    element = element_gate(gates, kernel_size)
     weight = weight.view(batch, rows // kh, kh * columns)
-    if element is not None:
-        weight = weight * element[:, None]
+    return weight if element is None else weight * element[:, None]
+
+
+def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
+    """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
+    x, filters = inputs.x, inputs.gates.filters
+    weight = gated_weights(inputs.gates, inputs.spectrum, geometry.kernel_size, x.shape[1], for_onnx)
     out = convolve(x, weight.to(x.dtype), geometry)
     if filters is not None:
         # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
@@ -132,14 +153,14 @@ def modulate_bands(
     mask_grid: int | None,
     for_onnx: bool = False,
 ) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.modulate_bands`; `for_onnx` avoids transforms that ONNX gets wrong."""
+    """:func:`fdconv_zoo.layers.ops.modulate_bands`; `for_onnx` avoids transforms, which ONNX lacks or gets wrong."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     factors = band_factors(band_gates(exact, weight.to(exact.dtype), bias.to(exact.dtype)))
     modulated = factors[:, :1] * exact
     if mask_grid is None:
         lows = box_low_passes(exact, cutoffs, False)
     elif for_onnx:
-        lows = whole_low_passes(exact, grid_masks(exact, cutoffs, mask_grid))
+        lows = box_products(exact, grid_sides(exact, cutoffs, mask_grid))
     else:
         lows = grid_low_passes(exact, cutoffs, mask_grid)
     for i, low in enumerate(lows):

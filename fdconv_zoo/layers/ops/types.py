@@ -116,6 +116,22 @@ class Geometry(NamedTuple):
         return size
 
 
+class VolumeGeometry(NamedTuple):
+    """Geometry of a convolution of volumes.
+
+    Attributes:
+        kernel_size: (kd, kh, kw).
+        stride: Stride along depth, height and width.
+        padding: Zeros (left, right, top, bottom, front, back).
+        dilation: Dilation along depth, height and width.
+    """
+
+    kernel_size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int, int, int, int]
+    dilation: tuple[int, int, int]
+
+
 class Limits(NamedTuple):
     """Sizes that steer how a kind of device computes, measured on it.
 

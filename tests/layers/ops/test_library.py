@@ -119,12 +119,26 @@ def test_torch_counts_the_flops_of_the_operators():
     assert convolution < backward.get_total_flops() < 5 * convolution
 
 
-def test_second_derivatives_are_refused():
-    layer = torch.compile(randomise(FDConv2d(18, 20, 3, num_bands=4)), fullgraph=True, backend="eager")
-    x = torch.randn(2, 18, 6, 5, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+def test_second_derivatives_under_the_compiler_are_right_or_refused():
+    layer = randomise(FDConv2d(18, 20, 3, num_bands=4, dtype=torch.float64))
+    x = torch.randn(2, 18, 6, 5, dtype=torch.float64, requires_grad=True)
+
+    def second(layer):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    assert relative_error(second(torch.compile(layer, fullgraph=True, backend="eager")), second(layer)) < 1e-12
+    with pytest.raises(RuntimeError, match="double backward"):
+        second(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+
+
+def test_derivatives_of_the_backward_operators_themselves_are_refused():
+    fbm = randomise(FBM(3))
+    x, grad = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(2, 3, 6, 5)
+    cutoffs = [number for fraction in fbm.cutoffs for number in fraction]
+    grads = torch.ops.fdconv_zoo.modulate_bands_backward(grad, x, fbm.weight, fbm.bias, cutoffs, None, True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
-        grad.sum().backward()
+        grads[0].sum().backward()
 
 
 def test_a_second_import_keeps_the_operators():

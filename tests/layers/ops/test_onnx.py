@@ -1,8 +1,12 @@
+import io
+
+import onnxruntime
 import pytest
 import torch
 
+from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from fdconv_zoo.layers.ops.onnx import inverse_dft, inverse_rfft2
-from tests.compare import relative_error
+from tests.compare import randomise, relative_error
 
 SHAPES = [(1, 1), (7, 1), (1, 5), (2, 2), (3, 4), (12, 13), (251, 64), (64, 251), (96, 72), (512, 384)]
 
@@ -25,3 +29,54 @@ def test_inverse_dft_takes_missing_coefficients_for_zero(count, size):
     real, imaginary = inverse_dft(x.real.contiguous(), x.imag.contiguous(), size)
     expected = torch.fft.ifft(x, n=size, dim=1, norm="forward")
     assert relative_error(torch.view_as_real(torch.complex(real, imaginary)), torch.view_as_real(expected)) < 1e-14
+
+
+FREE = {0: "batch", 2: "height", 3: "width"}
+MAPS = [(2, 18, 8, 8), (1, 18, 8, 8), (3, 18, 9, 14), (2, 18, 16, 5)]
+TRACED = {
+    "whole layer": (lambda: FDConv2d(18, 20, 3, padding=1, num_bands=8), MAPS, FREE),
+    "no ksm": (lambda: FDConv2d(18, 20, 3, stride=2, num_bands=8, ksm=False), MAPS, FREE),
+    "neither ksm nor fbm": (lambda: FDConv2d(18, 20, 3, num_bands=8, ksm=False, fbm=False), MAPS, FREE),
+    "official masks": (lambda: FDConv2d(18, 20, 3, padding=1, num_bands=8, mask_grid=64), MAPS, FREE),
+    "pointwise": (lambda: FDConv2d(18, 20, 1, num_bands=8), MAPS, FREE),
+    "sequences": (
+        lambda: FDConv1d(18, 20, 5, padding=2, num_bands=8),
+        [(2, 18, 9), (3, 18, 16)],
+        {0: "batch", 2: "length"},
+    ),
+    "volumes": (lambda: FDConv3d(18, 20, 2, num_bands=8), [(2, 18, 4, 5, 6), (3, 18, 5, 7, 4)], FREE | {4: "depth"}),
+    "linear": (lambda: FDLinear(18, 20, num_bands=8), [(2, 5, 18), (1, 5, 18), (3, 7, 18)], {0: "batch", 1: "tokens"}),
+}
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("make", "shapes", "axes"), TRACED.values(), ids=TRACED.keys())
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_the_tracing_exporter(make, shapes, axes, free):
+    """`dynamo=False`, the default up to torch 2.8, which ultralytics calls."""
+    layer, file = randomise(make()).eval(), io.BytesIO()
+    dynamic = {"input": axes, "output": axes} if free else None
+    torch.onnx.export(
+        layer, (torch.randn(shapes[0]),), file, dynamo=False,
+        input_names=["input"], output_names=["output"], dynamic_axes=dynamic,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for shape in shapes if free else shapes[:1]:
+        x = torch.randn(shape)
+        (output,) = session.run(None, {"input": x.numpy()})
+        assert relative_error(torch.from_numpy(output), layer(x)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_the_exporter_of_graphs_with_official_masks():
+    layer, file = randomise(FDConv2d(18, 20, 3, padding=1, num_bands=8, mask_grid=64)).eval(), io.BytesIO()
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(layer, (torch.randn(MAPS[0]),), file, dynamo=True, dynamic_shapes=(free,), optimize=False)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for shape in MAPS:
+        x = torch.randn(shape)
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert relative_error(torch.from_numpy(output), layer(x)) < 1e-5

@@ -1,0 +1,210 @@
+"""Which layers of a model are replaced, and why the others stay (Sec. 4 of the paper).
+
+Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783
+
+Replaced are the convolutions of a network's blocks and the linear layers of its MLPs, known by the structure around
+them first and by names second. What a model is wrapped in changes nothing.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
+from .structure import (
+    MIN_CHANNELS,
+    find_channel_attention,
+    find_mlps,
+    has_stages,
+    network_names,
+)
+from .tokens import REASONS, find_unfit
+
+FDLayer = FDConv1d | FDConv2d | FDConv3d | FDLinear
+# True insists on a layer, False leaves it, None is the rule's answer.
+Include = Callable[[str, nn.Module], bool | None]
+
+# What a layer of each type is replaced by: its counterpart's constructor from a static layer.
+COUNTERPARTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Conv1d: FDConv1d.from_conv,
+    nn.Conv2d: FDConv2d.from_conv,
+    nn.Conv3d: FDConv3d.from_conv,
+    nn.Linear: FDLinear.from_linear,
+}
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+STEMS = {"stem", "conv1", "conv_stem", "patch_embed"}
+SHORTCUTS = {"downsample", "shortcut", "proj"}
+CLASSIFIERS = {"head", "heads", "head_dist", "classifier", "fc", "AuxLogits", "aux_classifier"}
+MLPS = {"mlp", "ffn"}
+SQUEEZE_EXCITE = ("SqueezeExcit", "SEModule", "SEBlock", "EffectiveSE")
+POSITIONS = ("PositionalEncoding", "PositionEmbedding", "PosConv")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What becomes of one convolution or linear layer.
+
+    Attributes:
+        name: Name of the layer in the model.
+        shape: Shape of its static weight; empty before a lazy layer has one.
+        reason: Why it stays static; empty where it is (to be) an FDConv layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def replaced(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'x'.join(map(str, self.shape))} {self.reason or 'FDConv'}"
+
+
+class Candidate(NamedTuple):
+    """A static layer and what is decided about it.
+
+    Attributes:
+        name: Name in the model.
+        layer: The layer.
+        reason: Why it stays; empty if it is replaced.
+        problem: Key in `tokens.REASONS` if replacing it would be wrong.
+    """
+
+    name: str
+    layer: nn.Module
+    reason: str
+    problem: str | None = None
+
+    def report(self) -> LayerReport:
+        weight = getattr(self.layer, "weight", None)
+        known = weight is not None and not isinstance(self.layer, LazyModuleMixin)
+        return LayerReport(self.name, tuple(weight.shape) if known else (), self.reason)
+
+
+def named_fd_layers(model: nn.Module) -> Iterator[tuple[str, FDLayer]]:
+    """Names and modules of the FDConv layers of a model; a lone layer has the empty name."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FDLayer):
+            yield name, module
+
+
+def is_narrow(in_channels: int, out_channels: int) -> bool:
+    """Whether the paper leaves a layer of so many channels static."""
+    return min(in_channels, out_channels) < MIN_CHANNELS
+
+
+def impossible_reason(layer: nn.Module) -> str:
+    """Why a layer can't be an FDConv layer, or an empty string."""
+    if isinstance(layer, LazyModuleMixin):
+        return f"not initialised ({type(layer).__name__}): run the model once before it is converted"
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return "a transposed convolution: FDConv has none"
+    if "weight" not in layer._parameters and not hasattr(layer, "parametrizations"):
+        sources = ", ".join(layer._parameters) or "nothing"
+        return f"its weight is computed from {sources} by a hook (weight_norm, spectral_norm, pruning)"
+    if type(layer) not in COUNTERPARTS:
+        return f"a subclass ({type(layer).__name__}) that computes something else"
+    if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
+        return "it has hooks on its state dict"
+    if getattr(layer, "groups", 1) > 1:
+        return f"groups={layer.groups}"
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode={layer.padding_mode!r}"
+    return ""
+
+
+class Rules:
+    """The paper's choice for the layers of one model.
+
+    Args:
+        model: A static or a converted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.networks = sorted(set(network_names(model)), key=len, reverse=True)
+        self.mlps, self.narrow_mlps = find_mlps(model)
+        self.channel_attention = find_channel_attention(model)
+
+    def _local(self, name: str) -> tuple[str, list[str]]:
+        """Name of the network that a layer is in, and the parts of the layer's name in it."""
+        network = next((n for n in self.networks if n and name.startswith(f"{n}.")), "")
+        return network, (name.removeprefix(f"{network}.") if network else name).split(".")
+
+    def reason(self, name: str, layer: nn.Module) -> str:
+        """Why a layer stays static, or an empty string if it is replaced."""
+        network, parts = self._local(name)
+        if isinstance(layer, LazyModuleMixin | nn.modules.conv._ConvTransposeNd):
+            return impossible_reason(layer)
+        if "weight" in layer._parameters and is_narrow(*layer.weight.shape[:2]) and getattr(layer, "groups", 1) == 1:
+            return f"narrow: fewer than {MIN_CHANNELS} channels"
+        if parts[0] in CLASSIFIERS:
+            return "classifier"
+        impossible = impossible_reason(layer)
+        if impossible and not impossible.startswith("groups"):
+            return impossible
+        if parts[0] in STEMS and len(parts) <= 2:
+            if parts[0] != "conv1" or has_stages(self.model.get_submodule(network)):
+                return "stem"
+        parent = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
+        if parent.startswith(SQUEEZE_EXCITE):
+            return "squeeze and excitation"
+        if layer in self.channel_attention:
+            return "attention over channels, of a pooled map"
+        if parent.startswith(POSITIONS):
+            return "encoding of positions, the same for every image"
+        if isinstance(layer, nn.Linear):
+            return self._linear_reason(layer, parts)
+        if SHORTCUTS.intersection(parts):
+            return "shortcut or downsampling between stages"
+        if impossible:
+            return impossible
+        if layer.kernel_size == layer.stride != (1,) * len(layer.stride):
+            return "patch embedding or downsampling between stages"
+        return ""
+
+    def _linear_reason(self, layer: nn.Linear, parts: list[str]) -> str:
+        if layer in self.narrow_mlps:
+            return f"MLP of fewer than {MIN_CHANNELS} channels"
+        return "" if layer in self.mlps or MLPS.intersection(parts) else "linear layer outside an MLP"
+
+
+def choose(model: nn.Module, include: Include | None = None, allow: Collection[str] = ()) -> list[Candidate]:
+    """Decides about every static convolution and linear layer of a model.
+
+    Args:
+        model: A static or a converted model.
+        include: As for :func:`~fdconv_zoo.convert_to_fdconv`.
+        allow: As for :func:`~fdconv_zoo.convert_to_fdconv`.
+
+    Raises:
+        ValueError: If `include` insists on a layer that can't be replaced.
+    """
+    inside = tuple(f"{name}." if name else "" for name, _ in named_fd_layers(model))
+    rules, unfit = Rules(model), find_unfit(model)
+    found = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, WEIGHTED) or name.startswith(inside):
+            continue
+        reason = rules.reason(name, layer)
+        wanted = None if include is None else include(name, layer)
+        if wanted is False:
+            reason = reason or "not included"
+        elif wanted and reason:
+            if impossible_reason(layer):
+                raise ValueError(
+                    f"include returned True for {name}, which can't be an FDConv layer: {impossible_reason(layer)}. "
+                    "True insists on a layer that the rule leaves; return None for the rule's choice"
+                )
+            reason = ""
+        problem = None if reason else unfit.get(layer)
+        if problem and problem not in allow:
+            found.append(Candidate(name, layer, REASONS[problem], problem))
+        else:
+            found.append(Candidate(name, layer, reason))
+    return found

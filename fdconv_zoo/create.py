@@ -1,0 +1,41 @@
+"""One constructor for a network's convolutions: FDConv where the paper has it, static elsewhere."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .choice import is_narrow
+from .layers import FDConv2d
+
+
+def create_conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    bias: bool = True,
+    padding_mode: str = "zeros",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> FDConv2d | nn.Conv2d:
+    """Makes FDConv2d, or nn.Conv2d where conversion would leave one: narrow, grouped or padded with other than zeros.
+
+    Narrow is below 17 input or output channels, as in the paper's models.
+
+    Args:
+        in_channels: As for nn.Conv2d, and so on up to `dtype`.
+        **kwargs: Keyword arguments of FDConv2d, of no consequence where the layer is static.
+
+    Raises:
+        ValueError: As FDConv2d does.
+    """
+    factory = {"device": device, "dtype": dtype}
+    geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+    if groups > 1 or padding_mode != "zeros" or is_narrow(in_channels, out_channels):
+        return nn.Conv2d(*geometry, padding_mode, **factory)
+    return FDConv2d(*geometry, **kwargs, **factory)

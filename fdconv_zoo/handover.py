@@ -1,0 +1,79 @@
+"""What else refers to a static layer goes over to its replacement: hooks, shared parameters, lists that hold it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+# Registered hooks of nn.Module; the dictionaries themselves go over, so that handles still remove theirs.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+OWN = {"_parameters", "_buffers", "_modules", *HOOKS}
+
+
+def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """Layers whose parameters another module holds that is not replaced in the same way, and which.
+
+    Args:
+        model: The model.
+        layers: The layers that are replaced.
+    """
+    layers = set(layers)
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((name, module, key))
+    shared = {}
+    for held in holders.values():
+        for _, module, key in held:
+            for other_name, other, other_key in held:
+                alike = other in layers and type(other) is type(module) and other_key == key
+                if module in layers and not alike:
+                    shared[module] = f"its {key} is also {other_name}.{other_key}, which stays static"
+    return shared
+
+
+def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Gives replacements what their static layers had: hooks, shared parameters, places in lists.
+
+    Args:
+        model: The model, in which the static layers are still in place.
+        replaced: Replacement of each static layer.
+    """
+    known: dict[int, nn.Parameter] = {}
+    for static, layer in replaced.items():
+        for hooks in HOOKS:
+            if hasattr(static, hooks):
+                setattr(layer, hooks, getattr(static, hooks))
+        layer.fdw.spectrum = known.setdefault(id(static.weight), layer.fdw.spectrum)
+        if static.bias is not None:
+            layer.bias = known.setdefault(id(static.bias), layer.bias)
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in OWN:
+                new = _swap(value, replaced)
+                if new is not value:
+                    module.__dict__[key] = new
+
+
+def _swap(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
+    """A value with layers replaced, also in lists and dictionaries, which are changed in place."""
+    if isinstance(value, nn.Module):
+        return replaced.get(value, value)
+    if type(value) is list:
+        value[:] = [_swap(item, replaced) for item in value]
+    elif type(value) is dict:
+        value.update({key: _swap(item, replaced) for key, item in value.items()})
+    elif type(value) is tuple:
+        items = tuple(_swap(item, replaced) for item in value)
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value

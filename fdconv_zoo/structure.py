@@ -1,0 +1,151 @@
+"""What a layer is for, from the modules around it: MLPs, attention over channels, the network in its wrappers.
+
+Names are the authors'; what holds a layer, what it is beside and which channels it joins is the network.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import nn
+
+from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
+
+# A layer with fewer channels on either side stays static, as in the paper's models.
+MIN_CHANNELS = 17
+ACTIVATION = re.compile(r"relu|gelu|glu|silu|swish|mish|elu|tanh|softplus|activation", re.IGNORECASE)
+ACTIVATION_ATTRIBUTE = re.compile(r"^(act|activation|nonlinearity|\w*_act|\w*act_fn|activation_fn)$")
+POOLING = re.compile(r"Adaptive(Avg|Max)?Pool|GlobalAvgPool|GlobalPool")
+CONVOLUTION = nn.modules.conv._ConvNd
+LAYERS = (CONVOLUTION, nn.Linear, FDConv1d, FDConv2d, FDConv3d, FDLinear)
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, LAYERS) for part in module.modules())
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return bool(ACTIVATION.search(type(module).__name__)) and not _holds_layers(module)
+
+
+def _has_activation(block: nn.Module) -> bool:
+    """Whether a block holds an activation, as a module or as a function (GEGLU has it in its method)."""
+    if any(_is_activation(child) for child in block.children()) or ACTIVATION.search(type(block).__name__):
+        return True
+    return any(ACTIVATION_ATTRIBUTE.match(name) and callable(value) for name, value in vars(block).items())
+
+
+def _width(layer: nn.Module) -> tuple[int, int]:
+    """Input and output channels."""
+    if isinstance(layer, nn.Linear | FDLinear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def _joins(first: nn.Module, second: nn.Module) -> bool:
+    """Whether one layer's output fits the next one's input, also through a gate that halves it."""
+    return _width(first)[1] in (_width(second)[0], 2 * _width(second)[0])
+
+
+def _only_linear(module: nn.Module) -> nn.Module | None:
+    """The linear layer that a child is, or holds directly and alone."""
+    if isinstance(module, nn.Linear | FDLinear):
+        return module
+    held = [part for part in module.modules() if isinstance(part, LAYERS) and part is not module]
+    direct = [child for child in module.children() if isinstance(child, nn.Linear | FDLinear)]
+    return direct[0] if len(direct) == 1 and len(held) == 1 else None
+
+
+def _chains(block: nn.Module) -> Iterator[list[nn.Module]]:
+    """Linear layers of a block that are around an activation, first to last."""
+    children = list(block.children())
+    linears = [child for child in children if isinstance(child, nn.Linear | FDLinear)]
+    if isinstance(block, nn.Sequential):
+        chain: list[nn.Module] = []
+        activated = False
+        for child in children:
+            if isinstance(child, nn.Linear | FDLinear):
+                if chain and not (activated and _joins(chain[-1], child)):
+                    yield chain
+                    chain = []
+                chain.append(child)
+                activated = False
+            activated |= _is_activation(child)
+        yield chain
+    elif len(linears) > 1 and _has_activation(block):
+        *firsts, last = linears
+        if all(_joins(first, last) and _width(first)[0] == _width(firsts[0])[0] for first in firsts):
+            yield linears
+    # Layers in blocks of their own: Hugging Face's intermediate and output, diffusers' GEGLU before a linear layer.
+    holders = [child for child in children if _holds_layers(child)]
+    for first, second in pairwise(holders):
+        pair = [_only_linear(first), _only_linear(second)]
+        if None not in pair and first is not pair[0] and _has_activation(first) and _joins(*pair):
+            yield pair
+
+
+def find_mlps(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
+    """Linear layers of MLPs: two around an activation, or more, from some width through no smaller one and back.
+
+    Returns:
+        Those of MLPs, and those of what is built like one on fewer channels than a feature map has (a position's
+        coordinates, say): the first linear layer's width tells.
+    """
+    mlps: set[nn.Module] = set()
+    narrow: set[nn.Module] = set()
+    for block in model.modules():
+        for chain in _chains(block):
+            if len(chain) > 1:
+                (width, hidden), out = _width(chain[0]), _width(chain[-1])[1]
+                if width < MIN_CHANNELS:
+                    narrow.update(chain)
+                elif width == out and hidden >= width:
+                    mlps.update(chain)
+    return mlps, narrow
+
+
+def find_channel_attention(model: nn.Module) -> set[nn.Module]:
+    """Layers on pooled 1x1 maps: squeeze and excitation and its kin, branches after a global pooling."""
+    found: set[nn.Module] = set()
+    for block in model.modules():
+        holders = [child for child in block.children() if _holds_layers(child)]
+        for first, second in pairwise(holders):
+            pair = (first, second)
+            if all(_is_pointwise(layer) for layer in pair) and _width(first)[1] == _width(second)[0]:
+                if _width(first)[1] < _width(first)[0]:
+                    found.update(pair)
+        pooled = False
+        for name, child in block.named_children():
+            if isinstance(child, CONVOLUTION) and pooled:
+                found.add(child)
+            if isinstance(block, nn.Sequential) or name == "global_pool":
+                size = getattr(child, "output_size", 1)
+                pooled |= bool(POOLING.search(type(child).__name__)) and size in (1, (1,), (1, 1), (1, 1, 1), [1, 1])
+    return found
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Linear | FDLinear):
+        return True
+    return isinstance(layer, LAYERS) and set(layer.kernel_size) == {1} and layer.groups == 1
+
+
+def network_names(model: nn.Module) -> list[str]:
+    """Names of the networks in a model, "" for the model itself: what wrappers hold, and timm's models anywhere."""
+    names = [name for name, module in model.named_modules() if hasattr(module, "pretrained_cfg")]
+    name, module = "", model
+    while True:
+        children = [(key, child) for key, child in module.named_children() if _holds_layers(child)]
+        if len(children) != 1 or isinstance(children[0][1], LAYERS):
+            return [*names, name]
+        key, module = children[0]
+        name = f"{name}.{key}" if name else key
+
+
+def has_stages(network: nn.Module) -> bool:
+    """Whether a network holds blocks, and not only layers: what its first convolution is the stem of."""
+    for child in network.children():
+        for name, part in child.named_modules():
+            if isinstance(part, LAYERS) and "." in name:
+                return True
+    return False

@@ -1,0 +1,147 @@
+"""Hooks, shared parameters and lists go over to the replacement; computed weights stay static."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from fdconv_zoo import FDConv2d, convert_static_state_dict, convert_to_fdconv, summary
+from fdconv_zoo.choice import named_fd_layers
+from tests.compare import randomise, relative_error
+
+
+def conv():
+    return nn.Conv2d(20, 20, 3, padding=1)
+
+
+def pruned(layer):
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+COMPUTED = {
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "pruning": pruned,
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", COMPUTED.values(), ids=COMPUTED.keys())
+def test_a_computed_weight_stays_static_and_normalised(wrap):
+    torch.manual_seed(0)
+    trained = nn.Sequential(wrap(conv()), nn.ReLU(), conv())
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.7).add_(0.05)
+    x = torch.randn(2, 20, 8, 8)
+    expected = trained.eval()(x)
+    model = nn.Sequential(wrap(conv()), nn.ReLU(), conv()).eval()
+    model.load_state_dict(trained.state_dict())
+    reason = {report.name: report.reason for report in summary(model)}["0"]
+    assert "computed" in reason or "Parametrized" in reason
+    convert_to_fdconv(model, num_bands=8)
+    assert [name for name, _ in named_fd_layers(model)] == ["2"]
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_hooks_go_over_with_their_handles():
+    model = nn.Sequential(conv(), conv())
+    calls = []
+    handles = [
+        model[0].register_forward_hook(lambda module, args, output: calls.append(type(module)) or output + 1),
+        model[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True),
+        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
+    ]
+    x = torch.randn(2, 20, 6, 6, requires_grad=True)
+    expected = model(x)
+    convert_to_fdconv(model, num_bands=8)
+    calls.clear()
+    output = model(x)
+    assert relative_error(output, expected) < 1e-5
+    output.sum().backward()
+    assert calls == ["before", FDConv2d, "backward"]
+    for handle in handles:
+        handle.remove()
+    model(x)
+    assert len(calls) == 3
+
+
+class Twins(nn.Module):
+    """Two layers of one weight, and a third of one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv()
+        self.b.weight = self.a.weight
+        self.c.bias = self.a.bias
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def test_shared_parameters_stay_shared():
+    model, x = Twins(), torch.randn(2, 20, 6, 6)
+    expected = model(x)
+    state = model.state_dict()
+    convert_to_fdconv(model, num_bands=8)
+    assert relative_error(model(x), expected) < 1e-5
+    assert model.a.fdw.spectrum is model.b.fdw.spectrum
+    assert model.a.bias is model.c.bias
+    assert model.a.fdw.spectrum is not model.c.fdw.spectrum
+    assert model.a.ksm is not model.b.ksm
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert torch.equal(model.a.static_weight(), model.b.static_weight())
+    again = copy.deepcopy(model)
+    assert again.a.fdw.spectrum is again.b.fdw.spectrum
+    fresh = convert_to_fdconv(Twins(), num_bands=8)
+    fresh.load_state_dict(convert_static_state_dict(state, fresh))
+    assert relative_error(fresh(x), expected) < 1e-5
+
+
+def test_a_parameter_shared_with_a_static_layer_is_refused_by_name():
+    model = Twins()
+    with pytest.raises(ValueError, match=r"a: its weight is also b.weight, which stays static; leave it with include"):
+        convert_to_fdconv(model, include=lambda name, _: False if name == "b" else None)
+    assert not list(named_fd_layers(model))
+
+
+class Listed(nn.Module):
+    """Registered layers that are called through plain containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = conv(), conv(), conv()
+        self.order = [self.first]
+        self.named = {"second": [self.second]}
+        self.pair = (self.third, "third")
+
+    def forward(self, x):
+        for layer in (*self.order, *self.named["second"], self.pair[0]):
+            x = layer(x).relu()
+        return x
+
+
+@torch.no_grad()
+def test_layers_in_plain_containers_are_replaced_there_too():
+    model, x = Listed().eval(), torch.randn(2, 20, 6, 6)
+    expected = model(x)
+    order = model.order
+    convert_to_fdconv(model, num_bands=8)
+    assert model.order is order
+    assert model.order[0] is model.first
+    assert model.named["second"][0] is model.second
+    assert model.pair == (model.third, "third")
+    assert relative_error(model(x), expected) < 1e-5
+    randomise(model)
+    assert relative_error(model(x), expected) > 0.1
+
+
+def test_hooks_on_a_state_dict_keep_a_layer_static():
+    model = nn.Sequential(conv(), conv())
+    model[0].register_state_dict_post_hook(lambda *args: None)
+    assert [report.reason for report in summary(model)] == ["it has hooks on its state dict", ""]

@@ -1,0 +1,195 @@
+"""Causal and sequence-first blocks are refused by name; encoders are not."""
+
+import pytest
+import torch
+from torch import nn
+
+from fdconv_zoo import FDLinear, convert_to_fdconv, summary
+from fdconv_zoo.choice import named_fd_layers
+from tests.compare import randomise
+
+REFUSED = {"causal": "later one, or padding, would change", "sequence_first": "one sample would change another"}
+
+
+class Block(nn.Module):
+    def __init__(self, width=32, **attention):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, 4, **attention)
+        self.mlp = nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width))
+
+    def forward(self, x):
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Known by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+
+class Masked(nn.Module):
+    """Known by its mask."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.register_buffer("mask", mask, persistent=False)
+
+
+class Asking(nn.Module):
+    """Known by its source."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+class Flagged(nn.Module):
+    """Known by Hugging Face's attribute."""
+
+    def __init__(self, is_causal=True):
+        super().__init__()
+        self.q, self.is_causal = nn.Linear(32, 32), is_causal
+
+
+class Around(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention, self.mlp = attention, nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+
+
+TRIANGLE = torch.ones(6, 6).tril()
+CAUSAL = {
+    "name": CausalSelfAttention,
+    "mask of ones": lambda: Masked(TRIANGLE.view(1, 1, 6, 6)),
+    "mask of truths": lambda: Masked(TRIANGLE.bool()),
+    "mask of infinities": lambda: Masked(torch.full((6, 6), float("-inf")).triu(1)),
+    "source": Asking,
+    "attribute": Flagged,
+}
+ENCODERS = {
+    "batch first": lambda: Block(batch_first=True),
+    "attribute": lambda: Around(Flagged(is_causal=False)),
+    "mask of padding": lambda: Around(Masked(torch.ones(6, 6))),
+    "full relative positions": lambda: Around(Masked(torch.arange(36).view(6, 6))),
+}
+
+
+@pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL.keys())
+def test_causal_blocks_are_refused(make):
+    model = nn.ModuleList([Around(make()), Around(Flagged(is_causal=False))])
+    with pytest.raises(ValueError, match=rf"{REFUSED['causal']}.*allow=\('causal',\)"):
+        convert_to_fdconv(model, num_bands=8)
+    assert not list(named_fd_layers(model))
+    causal = {report.name for report in summary(model) if report.reason.startswith("causal")}
+    assert {"0.mlp.0", "0.mlp.2"} <= causal
+    assert not any(name.startswith("1.") for name in causal)
+    convert_to_fdconv(model, include=lambda name, _: False if name in causal else None, num_bands=8)
+    assert [name for name, _ in named_fd_layers(model)] == ["1.mlp.0", "1.mlp.2"]
+
+
+class CausalConv(nn.Module):
+    """A convolution that sees no later token, by padding of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 3)
+
+
+def test_causal_convolutions_are_refused():
+    with pytest.raises(ValueError, match=r"2 layers \(0.conv, 1.conv\) are causal"):
+        convert_to_fdconv(nn.Sequential(CausalConv(), CausalConv()))
+
+
+def test_decoder_layers_are_refused():
+    with pytest.raises(ValueError, match=r"2 layers \(linear1, linear2\) are causal"):
+        convert_to_fdconv(nn.TransformerDecoderLayer(32, 4, 48, batch_first=True))
+
+
+@pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS.keys())
+def test_encoders_are_not(make):
+    assert [name for name, _ in named_fd_layers(convert_to_fdconv(make(), num_bands=8))] == ["mlp.0", "mlp.2"]
+
+
+def test_sequence_first_blocks_are_refused():
+    model = nn.Sequential(Block(), Block())
+    with pytest.raises(ValueError, match=rf"4 layers .*{REFUSED['sequence_first']}.*allow=\('sequence_first',\)"):
+        convert_to_fdconv(model, num_bands=8)
+    with pytest.raises(ValueError, match="sequence first"):
+        convert_to_fdconv(model, include=lambda name, _: "mlp" in name, num_bands=8)
+    assert not list(named_fd_layers(model))
+    with pytest.raises(ValueError, match="sequence first"):
+        convert_to_fdconv(nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48), 2, enable_nested_tensor=False))
+    convert_to_fdconv(model, allow=("sequence_first",), num_bands=8)
+    assert len(list(named_fd_layers(model))) == 4
+
+
+def test_an_unknown_allowance_is_named():
+    with pytest.raises(ValueError, match=r"allow=.*'casual'.*'causal', 'sequence_first'"):
+        convert_to_fdconv(Block(batch_first=True), allow=("casual",))
+
+
+@torch.no_grad()
+def test_batch_first_samples_do_not_meet():
+    model = randomise(convert_to_fdconv(nn.Sequential(Block(batch_first=True)), num_bands=8)).eval()
+    x = torch.randn(3, 6, 32)
+    assert torch.allclose(model(x)[:1], model(x[:1]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_transformer_encoder_layer_converts():
+    """Its own attention projections stay, and torch's fast path is not taken around FDLinear."""
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2).eval()
+    x = torch.randn(3, 6, 32)
+    expected = layer(x)
+    convert_to_fdconv(layer, num_bands=8)
+    assert [name.split(".")[-1] for name, _ in named_fd_layers(layer)] == ["linear1", "linear2"] * 2
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    for _, linear in named_fd_layers(layer):
+        randomise(linear)
+    moved = layer(x)
+    assert not torch.allclose(moved, expected, atol=0.1)
+    mask = torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [False] * 6])
+    assert layer(x, src_key_padding_mask=mask).shape == x.shape
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert torch.allclose(layer(x), moved, atol=1e-4)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_language_models_of_transformers_are_refused_and_encoders_not():
+    from transformers import (
+        BertConfig,
+        BertModel,
+        CLIPConfig,
+        CLIPModel,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_key_value_heads=2, **small))
+    with pytest.raises(ValueError, match=r"3 layers \(model.layers.0.mlp.gate_proj, .*causal"):
+        convert_to_fdconv(qwen)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    with pytest.raises(ValueError, match=r"2 layers \(decoder.block.0.layer.2.*causal"):
+        convert_to_fdconv(t5)
+    convert_to_fdconv(t5.encoder, num_bands=8)
+    bert = convert_to_fdconv(BertModel(BertConfig(vocab_size=64, **small)), num_bands=8)
+    found = [name for name, _ in named_fd_layers(bert)]
+    assert found == ["encoder.layer.0.intermediate.dense", "encoder.layer.0.output.dense"]
+    vision = dict(image_size=32, patch_size=16, **small)
+    clip = CLIPModel(CLIPConfig(text_config=dict(vocab_size=64, **small), vision_config=vision, projection_dim=32))
+    with pytest.raises(ValueError, match=r"2 layers \(text_model.*causal"):
+        convert_to_fdconv(clip)
+    assert isinstance(convert_to_fdconv(clip.vision_model, num_bands=8).encoder.layers[0].mlp.fc1, FDLinear)
