@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .low_pass import MAX_DENOMINATOR, low_passes
@@ -101,7 +100,9 @@ class FBM1d(FBM):
 
     def _filters(self) -> Tensor:
         """The gates' convolution in the middle column of one of 3x3, whose other columns would see zeros."""
-        return F.pad(self.weight.unsqueeze(-1), [1, 1])
+        middle = self.weight.unsqueeze(-1)
+        zeros = torch.zeros_like(middle)
+        return torch.cat([zeros, middle, zeros], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Modulates a map (B, C, L, 1)."""

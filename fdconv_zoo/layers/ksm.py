@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,6 +124,20 @@ class KSM(nn.Module):
         if gates.local_input is None:
             return None
         return 2 * torch.sigmoid(local_logits(gates.local_input, gates.local_weight, self.kernel_size[1]))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over the static layers of pickles from before KSM had parts of its own."""
+        super().__setstate__(state)
+        for name, part in list(self._modules.items()):
+            if isinstance(part, nn.Linear):
+                own = Projection(part.in_features, part.out_features, part.bias is not None, device="meta")
+                own.bias = part.bias
+            elif isinstance(part, nn.Conv1d):
+                own = ChannelTaps(part.out_channels, part.kernel_size[0], device="meta")
+            else:
+                continue
+            own.weight = part.weight
+            self._modules[name] = own.train(part.training)
 
     def _normalise(self, hidden: Tensor) -> Tensor:
         """The hidden map (B, A, 1, 1) normalised; a single sample, which has no statistics, by the running ones."""

@@ -1,6 +1,7 @@
 """A layer's parts are no layers of the network: what others do to a network's layers does not reach them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,25 @@ def test_the_hidden_layer_is_drawn_as_a_linear_layer_is():
     torch.manual_seed(3)
     linear.reset_parameters()
     assert torch.equal(part.weight, linear.weight)
+
+
+@on_layers
+def test_pickles_with_the_static_layers_of_before_load(make, shape):
+    layer, x = randomise(make()).eval(), torch.randn(shape)
+    expected, state = layer(x), layer.state_dict()
+    for name, part in list(layer.ksm.named_children()):
+        if isinstance(part, Projection):
+            static = nn.Linear(part.in_features, part.out_features, part.bias is not None)
+        elif isinstance(part, ChannelTaps):
+            static = nn.Conv1d(1, len(part.weight), part.weight.shape[2], padding="same", bias=False)
+        else:
+            continue
+        static.load_state_dict(part.state_dict())
+        layer.ksm._modules[name] = static
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(x), expected)
+    again.load_state_dict(state)
+    assert not any(isinstance(part, STATIC) for part in list(again.modules())[1:])
 
 
 @on_layers

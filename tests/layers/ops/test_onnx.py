@@ -4,7 +4,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from fdconv_zoo.layers.ops.onnx import inverse_dft, inverse_rfft2
 from tests.compare import randomise, relative_error
 
@@ -39,6 +39,12 @@ TRACED = {
     "neither ksm nor fbm": (lambda: FDConv2d(18, 20, 3, num_bands=8, ksm=False, fbm=False), MAPS, FREE),
     "official masks": (lambda: FDConv2d(18, 20, 3, padding=1, num_bands=8, mask_grid=64), MAPS, FREE),
     "pointwise": (lambda: FDConv2d(18, 20, 1, num_bands=8), MAPS, FREE),
+    "sequences": (
+        lambda: FDConv1d(18, 20, 5, padding=2, num_bands=8),
+        [(2, 18, 9), (3, 18, 16)],
+        {0: "batch", 2: "length"},
+    ),
+    "volumes": (lambda: FDConv3d(18, 20, 2, num_bands=8), [(2, 18, 4, 5, 6), (3, 18, 5, 7, 4)], FREE | {4: "depth"}),
     "linear": (lambda: FDLinear(18, 20, num_bands=8), [(2, 5, 18), (1, 5, 18), (3, 7, 18)], {0: "batch", 1: "tokens"}),
 }
 
