@@ -7,7 +7,7 @@ token change an earlier one; where the first dimension is tokens, it lets one sa
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ CAUSAL_NAME = re.compile("causal|chomp", re.IGNORECASE)
 
 def _is_causal_mask(mask: Tensor) -> bool:
     """Whether a buffer is a square with one value above the diagonal and another one on and below it."""
-    if mask.is_meta or mask.dim() < 2 or mask.shape[-1] < 2 or mask.numel() != mask.shape[-1] ** 2:
+    if mask.is_meta or mask.dim() < 2 or mask.shape[-1] < 4 or mask.numel() != mask.shape[-1] ** 2:
         return False
     square = mask.detach().reshape(mask.shape[-1], -1)
     if square.shape[0] != square.shape[1] or square[0, 0] != square[1, 0] or square[0, 0] == square[0, 1]:
@@ -37,9 +37,10 @@ def _is_causal_mask(mask: Tensor) -> bool:
     return bool((square[above] == square[0, 1]).all() and (square[~above] == square[0, 0]).all())
 
 
-@cache
-def _masks_by_itself(kind: type[nn.Module]) -> bool:
+def _asks_for_causal(kind: type[nn.Module]) -> bool:
     """Whether a class's forward asks for causal attention, by its source."""
+    if kind.__module__.startswith("torch."):
+        return False
     try:
         source = inspect.getsource(kind.forward)
     except (OSError, TypeError):
@@ -47,13 +48,13 @@ def _masks_by_itself(kind: type[nn.Module]) -> bool:
     return "is_causal=True" in source.replace(kind.forward.__doc__ or "", "")
 
 
-def _is_causal(module: nn.Module) -> bool:
+def _is_causal(module: nn.Module, asking: set[type[nn.Module]]) -> bool:
     """Whether a module says that it is causal: by Hugging Face's attributes, its name, its mask or its source."""
-    if getattr(module, "is_causal", False) is True or getattr(module, "is_decoder", False) is True:
+    kind = type(module)
+    is_decoder = kind.__module__.startswith("transformers") and getattr(module, "is_decoder", False)
+    if getattr(module, "is_causal", False) is True or is_decoder is True or kind in asking:
         return True
-    if CAUSAL_NAME.search(type(module).__name__) or isinstance(module, nn.TransformerDecoderLayer):
-        return True
-    if not type(module).__module__.startswith("torch.") and _masks_by_itself(type(module)):
+    if CAUSAL_NAME.search(kind.__name__) or isinstance(module, nn.TransformerDecoderLayer):
         return True
     return any(_is_causal_mask(buffer) for buffer in module.buffers(recurse=False))
 
@@ -73,7 +74,8 @@ def _blocks(model: nn.Module, matches: Callable[[nn.Module], bool]) -> Iterator[
 def find_unfit(model: nn.Module) -> dict[nn.Module, str]:
     """Layers for which FDConv would be wrong, and the key of the reason in `REASONS`."""
     unfit: dict[nn.Module, str] = {}
-    for key, matches in (("sequence_first", _is_sequence_first), ("causal", _is_causal)):
+    asking = {kind for kind in {type(module) for module in model.modules()} if _asks_for_causal(kind)}
+    for key, matches in (("sequence_first", _is_sequence_first), ("causal", partial(_is_causal, asking=asking))):
         kinds = (nn.Linear, nn.modules.conv._ConvNd) if key == "causal" else (nn.Linear,)
         for block in _blocks(model, matches):
             unfit.update({part: key for part in block.modules() if isinstance(part, kinds)})
