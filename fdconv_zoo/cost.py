@@ -44,7 +44,8 @@ _FFT_FLOPS = {
 
 def _with_transforms(operator: str) -> Callable[..., int]:
     """Formula of one of FDConv's operators, the Fourier transforms in it included."""
-    formula = flops_of(OPERATORS[operator].kernels["cpu"], _FFT_FLOPS)
+    kernels = OPERATORS[operator].kernels
+    formula = flops_of(kernels.get("cpu", kernels["default"]), _FFT_FLOPS)
     formula._get_raw = True  # FlopCounterMode hands over tensors, not their shapes
     return formula
 
