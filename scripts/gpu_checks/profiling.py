@@ -42,7 +42,7 @@ def profile(setup: Setup, one_pass: Run) -> Row:
     calls: dict[str, int] = defaultdict(int)
     for event in profiler.events():
         # Spans that someone named, as an optimiser's step, hold kernels that are there by themselves.
-        if setup.on_gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+        if setup.on_gpu and (event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False)):
             continue
         times[event.name] += event.time_range.elapsed_us() if setup.on_gpu else event.self_cpu_time_total
         calls[event.name] += 1

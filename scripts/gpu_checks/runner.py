@@ -48,7 +48,10 @@ class Runner:
     def __init__(self, args: argparse.Namespace, parts: Mapping[str, Part], script: Path) -> None:
         self.args, self.parts, self.script = args, parts, script
         self.names = [name for name in parts if not args.only or name in args.only]
-        self.setup = Setup(torch.device(args.device), args.small)
+        device = torch.device(args.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.setup = Setup(device, args.small)
         self.end = time.monotonic() + 60 * args.minutes
         self.result: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -189,12 +189,14 @@ def measure(setup: Setup, case: Case, models: dict[tuple[str, str], nn.Module], 
         torch.cuda.empty_cache()
     figures: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
+    static = model_of("static", case, models, setup)
+    images, labels = images_and_labels(case.spec, case.batch, static, setup.device)
+    images = images.contiguous(memory_format=layout_of(case))
     for kind in case.kinds:
         start = time.monotonic()
         try:
             model = model_of(kind, case, models, setup)
-            images, labels = images_and_labels(case.spec, case.batch, model, setup.device)
-            runs[kind] = make_pass(case, model, images.contiguous(memory_format=layout_of(case)), labels, setup)
+            runs[kind] = make_pass(case, model, images, labels, setup)
             for _ in range(3):  # torch.compile's CUDA graphs are recorded in the second pass
                 runs[kind]()
             setup.synchronize()
