@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .layers.ops.flops import flops_of
-from .layers.ops.library import OPERATORS
+from .layers.ops.library import OPERATORS, counted_kernel
 
 aten = torch.ops.aten
 
@@ -44,8 +44,7 @@ _FFT_FLOPS = {
 
 def _with_transforms(operator: str) -> Callable[..., int]:
     """Formula of one of FDConv's operators, the Fourier transforms in it included."""
-    kernels = OPERATORS[operator].kernels
-    formula = flops_of(kernels.get("cpu", kernels["default"]), _FFT_FLOPS)
+    formula = flops_of(counted_kernel(OPERATORS[operator]), _FFT_FLOPS)
     formula._get_raw = True  # FlopCounterMode hands over tensors, not their shapes
     return formula
 

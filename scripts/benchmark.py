@@ -25,6 +25,7 @@ from benchmarking.models import (
 )
 from benchmarking.picture import draw
 from benchmarking.report import Row, describe, full_table, preset_table
+from benchmarking.traffic import traffic_table
 from common.command_line import fail
 from common.record import cpu_name, versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
@@ -115,6 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "settings": {key: str(value) for key, value in vars(args).items()},
         "rows": rows,
     }
+    if args.traffic:
+        pairs = (build() for build, _ in plan if build.func is model_pair)
+        rows[:], table = traffic_table(pairs, args.batch_size[0], getattr(torch, args.traffic))
+        write_json(args.results_file, result)
+        print(f"{table}\n\nbatch {args.batch_size[0]}, {args.traffic}, eval: counted with fake tensors, not run")
+        return
     ending = None
     try:
         run_plan(plan, args, rows, lambda: write_json(args.results_file, result))

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   benchmark.py --model resnet50_fdconv --mode eval train --batch-size 2 4 8 --threads 1 2
   benchmark.py --model convnext_tiny_fdconv --img-size 112 224 448 --batch-size 1 2 4 --plot cost.png
   benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
+  benchmark.py --preset table --traffic bfloat16 --batch-size 64     kernels and bytes on a GPU, counted without one
   benchmark.py --model 'resnet*_fdconv' --device cuda --amp --channels-last --compile --compile-mode reduce-overhead
 
 A train step is forward, backward, a step of plain SGD, and zero_grad; it needs a batch of 2 or more.
@@ -71,6 +72,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("how to run it").add_argument
+    add(
+        "--traffic",
+        choices=("bfloat16", "float16", "float32"),
+        help="no times: count the kernels that one pass in eval would launch on a GPU, and the bytes that they would "
+        "move, with models and images of this dtype; needs no GPU",
+    )
     add("--compile", action="store_true", help="torch.compile too, beside eager, for both models of a pair")
     add(
         "--compile-mode",
@@ -125,6 +132,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--preset table takes one --img-size, got {', '.join(map(str, args.img_size))}")
     if not args.preset and args.mode == ["train"] and max(args.batch_size) < 2:
         raise ValueError("a train step needs --batch-size 2 or more: KSM's BatchNorm can't train on one sample")
+    if args.traffic and (len(args.batch_size) > 1 or len(args.img_size) > 1 or args.mode != ["eval"] or args.plot):
+        raise ValueError("--traffic counts one pass in eval: give one --batch-size, one --img-size and no --plot")
     if args.results_file.suffix != ".json":
         raise ValueError(f"--results-file must end in .json, got {args.results_file}")
     if args.reference and (args.device != "cpu" or args.amp):

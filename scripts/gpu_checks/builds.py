@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.gates import move_gates, open_branches
-from fdconv_zoo import static_name
+from fdconv_zoo import keep_banks, static_name
 from fdconv_zoo.convert import named_fd_layers
 
 
@@ -66,8 +66,7 @@ def unfused(model: nn.Module) -> nn.Module:
 def with_kept_banks(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of an FDConv model in eval mode that keeps its layers' banks in a dtype."""
     model = copy.deepcopy(model).eval()
-    for _, layer in named_fd_layers(model):
-        layer.fdw.keep_bank(dtype)
+    keep_banks(model, dtype)
     return model
 
 

@@ -487,6 +487,11 @@ class Operator(NamedTuple):
     setup: Callable[..., None] | None
 
 
+def counted_kernel(operator: Operator) -> Callable[..., Any]:
+    """The implementation whose floating-point operations stand for an operator's: that of CPUs."""
+    return operator.kernels.get("cpu", operator.kernels["default"])
+
+
 OPERATORS = {
     "dynamic_conv2d": Operator(
         f"({CALL}) -> (Tensor, Tensor, Tensor)",
@@ -550,6 +555,5 @@ if not hasattr(torch.ops.fdconv_zoo, "dynamic_conv2d"):
             torch.library.impl(full_name, key, kernel)
         torch.library.register_fake(full_name, operator.fake)
         torch.library.register_autograd(full_name, operator.backward, setup_context=operator.setup)
-        register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(
-            flops_of(operator.kernels.get("cpu", operator.kernels["default"]))
-        )
+        formula = flops_of(counted_kernel(operator))
+        register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(formula)

@@ -13,8 +13,8 @@ from torch import Tensor
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 IS_INSTALLED = find_spec("triton") is not None
-# Height and width up to which a map fits a program that gates its bands.
-LARGEST_SIDE = 64
+# Height and width up to which a map fits the registers of a program that gates its bands; in float32 larger ones spill.
+LARGEST_SIDE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 # Of a device's free memory, what one bank may take.
 BANK_SHARE = 1 / 8
 
@@ -27,7 +27,7 @@ def is_supported(x: Tensor, exact_dtype: torch.dtype) -> bool:
 
 def filters(x: Tensor, mask_grid: int | None) -> bool:
     """Whether the kernels gate the bands of a map: by the paper's masks, where the map fits a program."""
-    return mask_grid is None and max(x.shape[2:]) <= LARGEST_SIDE and is_supported(x, torch.float32)
+    return mask_grid is None and is_supported(x, torch.float32) and max(x.shape[2:]) <= LARGEST_SIDE[x.dtype]
 
 
 @torch.compiler.assume_constant_result

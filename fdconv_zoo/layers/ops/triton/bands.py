@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...low_pass import num_kept
-from . import LARGEST_SIDE
 from .launch import kernel, next_block, precision_of
 
 
@@ -119,8 +118,9 @@ def sizes_kept(x: Tensor, cutoffs: list[int]) -> tuple[int, ...]:
 
 def blocks(x: Tensor) -> dict[str, int | str]:
     """Sizes and precision of a program, by the kernels' names for them."""
-    height, width = (next_block(side, 16, LARGEST_SIDE) for side in x.shape[2:])
-    return {"PRECISION": precision_of(x.dtype), "BLOCK_H": height, "BLOCK_W": width}
+    height, width = (next_block(side, 16, 64) for side in x.shape[2:])
+    warps = 8 if height * width > 1024 else 4
+    return {"PRECISION": precision_of(x.dtype), "BLOCK_H": height, "BLOCK_W": width, "num_warps": warps}
 
 
 def gate_bands_fake(x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool) -> Tensor:

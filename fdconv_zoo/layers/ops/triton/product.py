@@ -164,7 +164,9 @@ def blocks(filters: int, places: int, channels: int, summed: str, dtype: torch.d
     widest = 64 if dtype == torch.float32 else 128
     limits = {name: widest if name != summed else 32 for name in ("BLOCK_O", "BLOCK_P", "BLOCK_C")}
     counts = {"BLOCK_O": filters, "BLOCK_P": places, "BLOCK_C": channels}
-    return {name: next_block(counts[name], 16, limit) for name, limit in limits.items()}
+    sizes = {name: next_block(counts[name], 16, limit) for name, limit in limits.items()}
+    accumulated = math.prod(size for name, size in sizes.items() if name != summed)
+    return {**sizes, "num_warps": 8 if accumulated > 4096 else 4}
 
 
 def convolve_fake(

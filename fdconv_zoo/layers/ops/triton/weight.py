@@ -19,6 +19,9 @@ from torch import Tensor
 
 from .launch import kernel, next_block, precision_of
 
+# With these warps and blocks no register spills, for compute capability 9.0 and strides that 16 divides.
+WARPS = 8
+
 
 @triton.jit
 def mixed_weights(
@@ -217,7 +220,8 @@ def gated_weights(
     batch, num_filters, _, num_channels = out.shape
     num_bands = bands.shape[1]
     strides = (row_stride(gate) for gate in (bands, channels, filters, positions))
-    block_b, block_c = next_block(batch, 16, 64), next_block(num_channels, 16, 64)
+    largest = 32 if source.dtype == torch.float32 and from_bank else 64
+    block_b, block_c = next_block(batch, 16, largest), next_block(num_channels, 16, largest)
     grid = (triton.cdiv(batch, block_b) * triton.cdiv(num_channels, block_c) * num_filters,)
     gated_weights_kernel[grid](
         out, source, bands, channels, filters, positions, local_input, local_weight,
@@ -225,7 +229,7 @@ def gated_weights(
         KERNEL_HEIGHT=kernel_size[0], KERNEL_WIDTH=kernel_size[1],
         TAPS=0 if local_weight is None else local_weight.shape[2], FROM_BANK=from_bank,
         SPLIT=from_bank and source.dtype != torch.float32, PRECISION=precision_of(source.dtype), BLOCK_B=block_b,
-        BLOCK_C=block_c, BLOCK_N=next_block(num_bands, 16, 64),
+        BLOCK_C=block_c, BLOCK_N=next_block(num_bands, 16, 64), num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -235,9 +239,10 @@ def row_stride(gate: Tensor | None) -> int:
     return 0 if gate is None else gate.stride(0)
 
 
-def ungate_blocks(batch: int, num_channels: int, positions: int) -> tuple[int, int, int]:
+def ungate_blocks(batch: int, num_channels: int, positions: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Samples, channels and filters of a program of :func:`ungate`."""
-    return next_block(batch, 16, 32), next_block(num_channels, 16, 64), max(1, 16 // positions)
+    largest = 32 if dtype == torch.float32 else 64
+    return next_block(batch, 16, 32), next_block(num_channels, 16, largest), max(1, 16 // positions)
 
 
 def ungate_fake(
@@ -246,7 +251,7 @@ def ungate_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Empty tensors in the shapes of the results of :func:`ungate`."""
     batch, num_filters, num_positions, num_channels = grad.shape
-    _, block_c, block_filters = ungate_blocks(batch, num_channels, num_positions)
+    _, block_c, block_filters = ungate_blocks(batch, num_channels, num_positions, source.dtype)
     rows = num_filters * num_positions
     return (
         source.new_empty(batch, *source.shape[1:]),
@@ -290,13 +295,13 @@ def ungate(
     batch, num_filters, num_positions, num_channels = grad.shape
     num_bands = bands.shape[1]
     strides = (row_stride(gate) for gate in (bands, channels, filters, positions))
-    block_b, block_c, block_filters = ungate_blocks(batch, num_channels, num_positions)
+    block_b, block_c, block_filters = ungate_blocks(batch, num_channels, num_positions, source.dtype)
     blocks = (triton.cdiv(batch, block_b), triton.cdiv(num_channels, block_c), triton.cdiv(num_filters, block_filters))
     ungate_kernel[(math.prod(blocks),)](
         grad, source, bands, channels, filters, positions, local_input, local_weight, *results,
         batch, num_filters, num_channels, num_bands, *strides,
         KERNEL_HEIGHT=kernel_size[0], KERNEL_WIDTH=kernel_size[1], TAPS=local_weight.shape[2], FROM_BANK=from_bank,
         SPLIT=from_bank and source.dtype != torch.float32, PRECISION=precision_of(source.dtype), BLOCK_B=block_b,
-        BLOCK_C=block_c, BLOCK_N=next_block(num_bands, 16, 64), FILTERS=block_filters,
+        BLOCK_C=block_c, BLOCK_N=next_block(num_bands, 16, 64), FILTERS=block_filters, num_warps=WARPS,
     )  # fmt: skip
     return results

@@ -1,5 +1,7 @@
 """Whole layers by Triton's kernels, forward and every gradient, against the literal equations."""
 
+import copy
+import io
 from functools import partial
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo import FDConv2d, FDLinear, drop_banks, keep_banks
 from fdconv_zoo.layers.ops import triton
 from fdconv_zoo.layers.ops.triton import conv
 from tests.compare import assert_matches, randomise, relative_error
@@ -87,15 +89,15 @@ def gradients_of(layer, x):
 
 
 def assert_as_without_kernels(layer, x, tol):
-    """Output and gradients against PyTorch's operations, in float64."""
+    """Output and gradients in float64 by PyTorch's operations: the kernels are as close, or within `tol`."""
     found = gradients_of(layer, x)
-    dtypes = [parameter.dtype for parameter in layer.parameters()]
-    wide = layer.double()
-    expected = gradients_of(wide, x.double())
-    assert len(dtypes) == len(list(wide.parameters()))
-    for value, wanted in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+    layer.fused = False
+    plain = gradients_of(layer, x)
+    expected = gradients_of(layer.double(), x.double())
+    for value, other, wanted in zip(*([output, *grads] for output, grads in (found, plain, expected)), strict=True):
         assert value.isfinite().all()
-        assert relative_error(value, wanted) < tol
+        assert value.dtype == other.dtype
+        assert relative_error(value, wanted) < max(tol, 1.5 * relative_error(other, wanted))
 
 
 @pytest.mark.parametrize("num_bands", [4, 16], ids=["bank", "transforms"])
@@ -107,7 +109,7 @@ def test_half_precision(kernel, dtype, num_bands):
     with torch.autocast("cpu", dtype=dtype):
         found = layer(x)
     assert found.dtype == dtype
-    assert_as_without_kernels(layer.to(dtype), x, 0.04 if dtype == torch.bfloat16 else 0.01)
+    assert_as_without_kernels(layer.to(dtype), x, 0.02 if dtype == torch.bfloat16 else 0.003)
 
 
 @pytest.mark.parametrize("keywords", [{}, {"ksm": False}, {"recompute": False}])
@@ -119,15 +121,15 @@ def test_samples_in_chunks(num_bands, keywords, monkeypatch):
     assert_as_without_kernels(layer, torch.randn(3, 17, 5, 6), 1e-4)
 
 
-@pytest.mark.parametrize("num_bands", [2, 30])
+@pytest.mark.parametrize("num_bands", [2, 12])
 def test_channels_last_slices_and_frozen_parts(num_bands):
-    layer = randomise(FDConv2d(18, 4, 2, padding=1, stride=2, num_bands=num_bands)).eval()
-    whole = torch.randn(4, 40, 9, 8).contiguous(memory_format=torch.channels_last)
+    layer = randomise(FDConv2d(18, 2, (1, 2), padding=1, stride=2, num_bands=num_bands)).eval()
+    whole = torch.randn(4, 40, 5, 4).contiguous(memory_format=torch.channels_last)
     assert layer(whole[:, :18].contiguous(memory_format=torch.channels_last)).is_contiguous(
         memory_format=torch.channels_last
     )
     assert_as_without_kernels(layer, whole[:, 3:21], 1e-4)
-    layer = randomise(FDConv2d(18, 4, 2, padding=1, num_bands=num_bands)).eval()
+    layer = randomise(FDConv2d(18, 2, (2, 1), padding=1, num_bands=num_bands)).eval()
     layer.fdw.spectrum.requires_grad_(False)
     layer.bias.requires_grad_(False)
     assert_as_without_kernels(layer, whole[::2, :18], 1e-4)
@@ -148,7 +150,7 @@ def test_a_bank_that_does_not_fit_is_not_made(monkeypatch):
 
 
 def test_kept_banks_are_used_and_given_up(monkeypatch):
-    layer, x = randomise(FDConv2d(18, 3, 2, num_bands=4)).eval(), torch.randn(4, 18, 5, 5)
+    layer, x = randomise(FDConv2d(18, 1, (1, 2), num_bands=4)).eval(), torch.randn(4, 18, 5, 5)
     with torch.no_grad():
         expected = layer(x)
         layer.fdw.keep_bank(torch.float32)
@@ -171,3 +173,31 @@ def test_kept_banks_are_used_and_given_up(monkeypatch):
     x.requires_grad_()
     layer.fdw.keep_bank(torch.float32)
     assert torch.autograd.grad(layer(x).sum(), layer.fdw.spectrum)[0].abs().max() > 0
+
+
+def test_banks_of_a_model_are_kept_in_eval_alone():
+    model = torch.nn.Sequential(FDConv2d(17, 3, 1, num_bands=4), FDLinear(5, 4, num_bands=3))
+    with pytest.raises(ValueError, match=r"call model\.eval"):
+        keep_banks(model, torch.float32)
+    assert keep_banks(model.eval(), torch.bfloat16) == 2 * (4 * 3 * 17 + 3 * 4 * 5)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=False)[0].fdw.kept_bank is None
+    assert copy.deepcopy(model)[0].fdw.kept_bank is None
+    drop_banks(model)
+    assert all(layer.fdw.kept_bank is None for layer in model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_for_any_batch(training):
+    """A graph for batches that make a bank, and one for batches that do not."""
+    torch.compiler.reset()
+    layer = randomise(FDConv2d(17, 3, 1, num_bands=4, recompute=training)).train(training)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3, 5, 7):
+        x = torch.randn(batch, 17, 3, 4)
+        expected = gradients_of(copy.deepcopy(layer), x)
+        found = gradients_of(compiled, x)
+        for value, wanted in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+            assert relative_error(value, wanted) < 1e-5

@@ -1,0 +1,118 @@
+"""The kernels compile for a GPU without one, and keep their numbers in registers."""
+
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if find_spec("triton.backends.nvidia") is None:
+    pytest.skip("Triton is built without CUDA", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fdconv_zoo.layers.ops.triton import LARGEST_SIDE, bands, product, weight  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+EXACT = ("gains", "channel_gates", "filter_gates", "position_gates", "local_input", "local_weight")
+EXACT += ("row_sums", "channel_sums", "bias")
+GEOMETRY = product.constants([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], torch.bfloat16)
+WEIGHTS = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3, "TAPS": 5, "FROM_BANK": True, "BLOCK_N": 64}
+
+
+def spilled_bytes(kernel, dtype, constants, folder, exact=EXACT):
+    """Bytes of a thread that do not fit its registers, for pointers and counts that 16 divides."""
+    warps = constants.pop("num_warps")
+    names, types = kernel.arg_names, {}
+    for name in names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name == "kept":
+            types[name] = ("i32",) * 6
+        elif name in exact:
+            types[name] = "*fp32"
+        else:
+            is_number = name.startswith(("num_", "batch")) or name.endswith(
+                ("height", "width", "stride", "channels", "blocks", "_batch", "_channel", "_row", "_column", "_band")
+            )
+            types[name] = "i32" if is_number or name == "logit_pixel" else NAMES[dtype]
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if str(types[name]).startswith("*") or name in ("num_filters", "num_channels", "num_bands", "batch")
+    }
+    source = ASTSource(kernel, types, constants, attrs=aligned)
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps})
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(text.split("STACK:")[1].split()[0])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+by_dtype = pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+    ],
+)
+
+
+def precision(dtype):
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@by_dtype
+def test_weights(dtype, folder):
+    side = 32 if dtype == torch.float32 else 64
+    constants = {**WEIGHTS, "SPLIT": dtype != torch.float32, "PRECISION": precision(dtype), "num_warps": weight.WARPS}
+    forward = {**constants, "BLOCK_B": side, "BLOCK_C": side}
+    assert spilled_bytes(weight.gated_weights_kernel, dtype, forward, folder) == 0
+    block_b, block_c, filters = weight.ungate_blocks(64, 512, 9, dtype)
+    backward = {**constants, "BLOCK_B": block_b, "BLOCK_C": block_c, "FILTERS": filters}
+    assert spilled_bytes(weight.ungate_kernel, dtype, backward, folder) == 0
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    ("kernel", "summed"),
+    [
+        (product.convolve_kernel, "BLOCK_C"),
+        (product.grad_input_kernel, "BLOCK_O"),
+        (product.grad_weight_kernel, "BLOCK_P"),
+    ],
+)
+def test_products(kernel, summed, dtype, folder):
+    constants = {**GEOMETRY, "PRECISION": precision(dtype), **product.blocks(512, 784, 512, summed, dtype)}
+    if "HAS_BIAS" in kernel.arg_names:
+        constants["HAS_BIAS"] = True
+    assert spilled_bytes(kernel, dtype, constants, folder) == 0
+
+
+@by_dtype
+@pytest.mark.parametrize("side", [14, 28, pytest.param(56, marks=pytest.mark.slow)])
+def test_bands(side, dtype, folder):
+    """A sine's path for large angles, never taken here, has 32 bytes; the largest maps spill a little."""
+    if side > LARGEST_SIDE[dtype]:
+        pytest.skip("such maps are left to PyTorch's operations")
+    x = torch.empty(1, 1, side, side, dtype=dtype)
+    for kernel, more in (
+        (bands.modulate_kernel, {"ADJOINT": False}),
+        (bands.modulate_kernel, {"ADJOINT": True}),
+        (bands.grad_factors_kernel, {"CHANNELS": bands.CHANNELS}),
+    ):
+        constants = {"BANDS": 3, **more, **bands.blocks(x)}
+        exact = (*EXACT, "out") if "CHANNELS" in more else EXACT
+        assert spilled_bytes(kernel, dtype, constants, folder, exact) <= {14: 32, 28: 64, 56: 512}[side]

@@ -1,0 +1,72 @@
+"""What a pass would move on a GPU: whole models within their limits, and each kernel's bytes by formula."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import benchmark
+from benchmarking.traffic import count_traffic
+from fdconv_zoo import FDConv2d, static_name
+
+# Of the static twin's bytes, and kernels, at most.
+LIMITS = {
+    "resnet50_fdconv": (3.0, 1300),
+    "convnext_tiny_fdconv": (2.5, 900),
+    "swin_tiny_fdconv": (2.0, 900),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_models_move_little_more_than_their_static_twins(name):
+    size, batch = (3, 224, 224), 64
+    static = count_traffic(timm.create_model(static_name(name)), size, batch, torch.bfloat16, False)
+    found = count_traffic(timm.create_model(name), size, batch, torch.bfloat16, True)
+    ratio, kernels = LIMITS[name]
+    assert found.bytes.total() <= ratio * static.bytes.total()
+    assert found.kernels.total() <= kernels
+
+
+def test_each_kernel_reads_and_writes_what_it_must():
+    """Weights once in, once out; a map once in, once out; the bank once."""
+    batch, channels, filters, side, bands, positions, taps = 64, 48, 40, 14, 16, 9, 3
+    layer = FDConv2d(channels, filters, 3, padding=1, bias=False, num_bands=bands)
+    found = count_traffic(layer, (channels, side, side), batch, torch.bfloat16, True).bytes
+    weights, places = filters * channels * positions, side * side
+    gates = 4 * batch * (bands + channels + filters + positions)
+    local = 4 * (batch * channels + filters * positions * taps)
+    maps = 2 * batch * channels * places
+    outputs = 2 * batch * filters * places
+    assert found["fdconv_zoo.gated_weights.default"] == 2 * (bands + batch) * weights + gates + local
+    assert found["fdconv_zoo.convolve.default"] == maps + 2 * batch * weights + outputs
+    assert found["fdconv_zoo.gate_bands.default"] == 2 * maps + 2 * 3 * (batch * places + 1)
+
+
+def test_without_a_kept_bank_it_is_made_for_large_batches_alone():
+    net = nn.Sequential(FDConv2d(32, 24, 1, num_bands=8))
+    large = count_traffic(net, (32, 7, 7), 8, torch.float32, False).kernels
+    assert large["fdconv_zoo.gated_weights.default"] == 1
+    assert large["aten.copy_.default"] + large["aten._fft_c2r.default"] > 0
+    net = nn.Sequential(FDConv2d(32, 24, 1, num_bands=8))
+    small = count_traffic(net, (32, 7, 7), 7, torch.float32, False).kernels
+    assert small["aten.index_select.default"] > 0
+
+
+def test_the_command_counts_each_way(tmp_path, capsys):
+    path = tmp_path / "traffic.json"
+    benchmark.main(
+        ["--traffic", "bfloat16", "--batch-size", "64", "--model", "resnet18_fdconv", "--results-file", str(path)]
+    )
+    printed = capsys.readouterr().out
+    assert "counted with fake tensors, not run" in printed
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["banks kept", "nothing kept", "not fused"]
+    assert rows[0]["ratio"] < rows[1]["ratio"] < rows[2]["ratio"]
+
+
+def test_one_batch_size(capsys):
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main(["--traffic", "bfloat16", "--model", "resnet18_fdconv"])
+    assert "one --batch-size" in str(exit.value.code)
