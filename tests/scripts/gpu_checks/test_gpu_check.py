@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_checks import commands, speed
+from fdconv_zoo.convert import named_fd_layers
+from gpu_checks import builds, commands, shapes, speed
 from gpu_checks.parts import PARTS, Part
 from gpu_checks.runner import Runner
 from gpu_checks.setup import DeviceLostError, Setup, UnavailableError, is_good, largest_error, norm_error
@@ -76,8 +77,8 @@ def test_kernels_in_the_interpreter(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
-def test_everything_in_the_interpreter(tmp_path):
-    interpreted(tmp_path / "all.json", "layers", "golden", "shapes")
+def test_shapes_and_a_golden_layer_in_the_interpreter(tmp_path):
+    interpreted(tmp_path / "all.json", "shapes", "golden")
 
 
 @pytest.mark.slow
@@ -225,6 +226,15 @@ def test_a_command_that_lacks_a_package_says_which(tmp_path):
     row = commands.result("train.py", process, log, time.monotonic(), time.monotonic())
     assert "still running" in row["fault"]
     assert process.poll() is not None
+
+
+def test_shapes_are_those_of_every_layer():
+    spec = builds.specs(small=True)[0]
+    model = builds.fdconv_model(spec)
+    found = shapes.shapes_of(model, spec.size, torch.device("cpu"))
+    assert sum(found.values()) == len(list(named_fd_layers(model))) == 8
+    assert {shape.kernel for shape in found} == {(3, 3)}
+    assert {shape.stride for shape in found} == {(1, 1), (2, 2)}
 
 
 def test_speed_begins_with_what_matters_most():
