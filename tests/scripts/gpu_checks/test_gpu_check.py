@@ -20,6 +20,7 @@ from gpu_checks.setup import DeviceLostError, Setup, UnavailableError, is_good, 
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_check.py"
 SMALL = ["--device", "cpu", "--small"]
+PATIENT = [*SMALL, "--minutes", "60"]  # no part is cut on a busy machine
 
 
 def only(*names):
@@ -41,7 +42,7 @@ def faults(result):
 def test_parts_without_kernels_run_in_small_on_the_cpu(tmp_path, capsys):
     names = [name for name in PARTS if name != "commands"]
     path = tmp_path / "new" / "cpu.json"
-    importlib.import_module("gpu_check").main([*SMALL, *only(*names), "--output", str(path)])
+    importlib.import_module("gpu_check").main([*PATIENT, *only(*names), "--output", str(path)])
     result = read(path)
     assert faults(result) == {}
     without_kernels = {"kernels", "layers", "shapes"}
@@ -57,7 +58,7 @@ def test_parts_without_kernels_run_in_small_on_the_cpu(tmp_path, capsys):
 
 
 def interpreted(path, *names):
-    command = [sys.executable, str(SCRIPT), *SMALL, *only(*names), "--output", str(path)]
+    command = [sys.executable, str(SCRIPT), *PATIENT, *only(*names), "--output", str(path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +84,7 @@ def test_shapes_and_a_golden_layer_in_the_interpreter(tmp_path):
 
 @pytest.mark.slow
 def test_commands_in_processes_of_their_own(tmp_path):
-    importlib.import_module("gpu_check").main([*SMALL, *only("commands"), "--output", str(tmp_path / "cpu.json")])
+    importlib.import_module("gpu_check").main([*PATIENT, *only("commands"), "--output", str(tmp_path / "cpu.json")])
     part = read(tmp_path / "cpu.json")["parts"]["commands"]
     assert [row["case"] for row in part["rows"]] == ["train.py", "validate.py", "train_dense.py"]
     assert all("last line" in row for row in part["rows"])
