@@ -11,13 +11,11 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from common.gates import move_gates
+from common.gates import move_gates, open_branches
 from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.layers.ops import literal
-
-BRANCH_SCALE = 0.2
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,6 @@ def expand_fdconv_names(patterns: Iterable[str]) -> list[str]:
                 + (f", did you mean {hint}?" if timm.is_model(hint) else "")
             )
     return names
-
-
-@torch.no_grad()
-def open_branches(model: nn.Module) -> nn.Module:
-    """Give weight to residual branches that start at zero or nearly: the output then depends on the layers in them.
-
-    They end in a norm with a weight of zero in timm's ResNets, and in a layer scale of 1e-6 in ConvNeXts.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and name.endswith(("weight", "gamma")) and parameter.abs().max() < 1e-3:
-            parameter.fill_(BRANCH_SCALE)
-    return model
 
 
 def model_pair(name: str, img_size: int, seed: int, model_kwargs: Mapping[str, Any]) -> Pair:

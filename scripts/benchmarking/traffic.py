@@ -6,62 +6,17 @@ Bytes over a card's memory bandwidth are the least time of a pass that is bound 
 """
 
 import copy
-from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarking.models import Pair
 from common.tables import markdown_table
+from common.traffic import Counting, Traffic
 from fdconv_zoo.layers.fdw import FDW
-from fdconv_zoo.layers.ops.library import OPERATORS
-
-# Neither launched nor moved anything.
-FREE = ("prim.", "empty", "promote", "sym_", "_unsafe_view", "_local_scalar")
-
-
-class Traffic(NamedTuple):
-    """Kernels and bytes of one pass, by the name of the operation."""
-
-    kernels: Counter[str]
-    bytes: Counter[str]
-
-
-def size(tree: Any) -> int:
-    """Bytes of the tensors in a tree of arguments."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-
-
-class Counting(TorchDispatchMode):
-    """Counts what is dispatched while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.traffic = Traffic(Counter(), Counter())
-        self.launched = {
-            getattr(torch.ops.fdconv_zoo, name).default: operator.kernels.get("cuda", operator.kernels["default"])
-            for name, operator in OPERATORS.items()
-        }
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in self.launched:
-            with self:
-                return self.launched[function](*args, **kwargs)
-        out, name = function(*args, **kwargs), str(function)
-        if function.is_view or any(word in name for word in FREE):
-            return out
-        in_place = name.split(".")[1].endswith("_")
-        self.traffic.kernels[name] += 1
-        self.traffic.bytes[name] += size((args, kwargs)) + (0 if in_place else size(out))
-        return out
 
 
 def count_traffic(
@@ -91,7 +46,7 @@ def count_traffic(
                 module.keep_bank(dtype)
         images = torch.empty(batch_size, *input_size, device="cuda", dtype=dtype)
         model(images)
-        with Counting() as counting:
+        with Counting("cuda") as counting:
             model(images)
     return counting.traffic
 

@@ -196,5 +196,5 @@ def test_options_are_those_of_the_layer_of_maps():
     of_maps = inspect.signature(FDConv2d).parameters
     for cls in (FDConv1d, FDConv3d):
         own = inspect.signature(cls).parameters
-        assert set(of_maps) - set(own) == {"mask_grid", "recompute"}
+        assert set(of_maps) - set(own) == {"mask_grid", "recompute", "fused"}
         assert all(own[name].default == of_maps[name].default for name in own)

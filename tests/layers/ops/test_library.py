@@ -136,7 +136,7 @@ def test_derivatives_of_the_backward_operators_themselves_are_refused():
     fbm = randomise(FBM(3))
     x, grad = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(2, 3, 6, 5)
     cutoffs = [number for fraction in fbm.cutoffs for number in fraction]
-    grads = torch.ops.fdconv_zoo.modulate_bands_backward(grad, x, fbm.weight, fbm.bias, cutoffs, None, True)
+    grads = torch.ops.fdconv_zoo.modulate_bands_backward(grad, x, fbm.weight, fbm.bias, cutoffs, None, True, True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         grads[0].sum().backward()
 
