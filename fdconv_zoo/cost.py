@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .layers.ops.flops import flops_of
-from .layers.ops.library import OPERATORS, counted_kernel
+from .layers.ops.registry import OPERATORS, counted_kernel
 
 aten = torch.ops.aten
 

@@ -161,9 +161,9 @@ class _FDLayer(HasStaticWeight):
         spectrum = self.fdw()
         exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
         gates = self.ksm(x.mean([2, 3], dtype=exact_dtype))
+        geometry = self._geometry()
         if self.fbm is not None:
             x = self.fbm(x)
-        geometry = self._geometry()
         inputs, scale, bias = Inputs(x, gates, spectrum), self.filter_scale, self.bias
         if scale is None:
             return dynamic_conv2d(inputs, geometry, bias, channels_last, self.recompute, self.fused)

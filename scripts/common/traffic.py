@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fdconv_zoo.layers.ops.library import OPERATORS
+from fdconv_zoo.layers.ops.registry import OPERATORS
 
 # Neither launched nor moved anything.
 FREE = ("prim.", "empty", "promote", "sym_", "_unsafe_view", "_local_scalar")

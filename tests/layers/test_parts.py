@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
-from fdconv_zoo.layers.ksm_parts import ChannelTaps, Projection
+from fdconv_zoo.layers.ksm import ChannelTaps, Projection
 from tests.compare import randomise, relative_error
 
 LAYERS = {

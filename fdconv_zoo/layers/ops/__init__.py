@@ -10,7 +10,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import library, traced, transforms, volume
+from . import (
+    library,
+    registry,  # noqa: F401, registers the operators
+    traced,
+    volume,
+)
 from .types import Geometry, Inputs, Spectrum, VolumeGeometry
 
 
@@ -27,7 +32,9 @@ def takes_plain_operations() -> bool:
     """Whether something reads along or transforms what is computed that knows nothing of the operators."""
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return True
-    return is_exporting() or transforms.is_transformed()
+    # torch.func and forward-mode AD compute with tensors of their own.
+    is_transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return is_transformed or is_exporting()
 
 
 def is_for_onnx() -> bool:

@@ -7,11 +7,13 @@ transform each way.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fourier import GainMap, column_scale
+from . import transforms
 
 # Elements of the matrices that are transformed at once.
 CHUNK = 1 << 26
@@ -66,3 +68,46 @@ def bank_adjoint(grad: Tensor, gain_map: GainMap) -> Tensor:
         own = half.gather(0, number.clamp(0, len(half) - 1)[None])[0]
         found = torch.where((number >= 0) & (number < len(half)), own, found)
     return torch.view_as_real(found * column_scale(columns, grad.device, exact_dtype))
+
+
+# As an operator
+
+
+def bank_kernel(
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """:func:`make_bank`."""
+    return make_bank(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns, dtype)
+
+
+def bank_fake(
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Empty tensor in the shape of the bank."""
+    return coefficients.new_empty(num_bands, len(coefficients), columns, dtype=dtype)
+
+
+def bank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps the gain map: the bank is linear in the coefficients."""
+    coefficients, *gain_map = inputs[:3]
+    ctx.save_for_backward(*gain_map)
+    ctx.dtype = coefficients.dtype
+
+
+def bank_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments."""
+    if transforms.needs_plain_gradients(grad):
+        found = bank_backward_kernel(grad, *ctx.saved_tensors, ctx.dtype)
+    else:
+        found = torch.ops.fdconv_zoo.bank_backward.default(grad, *ctx.saved_tensors, ctx.dtype)
+    return found, None, None, None, None, None
+
+
+def bank_backward_kernel(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`bank_adjoint`, in the dtype of the coefficients."""
+    return bank_adjoint(grad, GainMap(gain_index, gain_tiles)).to(dtype)
+
+
+def bank_backward_fake(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty tensor in the shape of the coefficients' gradient."""
+    return grad.new_empty(grad.shape[1], grad.shape[2] // 2 + 1, 2, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The operators of FDConv as torch knows them: schema, fake implementation and autograd, once for each.
+"""The operators of FDConv: arguments, implementations by device, fake implementation and autograd, once for each.
 
 Eager mode and torch.compile call the same ones; the dispatcher chooses the implementation by device. A sample's weight
 is as large as the layer, so what is saved for the backward pass is the layer's input, its gates and its spectrum alone,
@@ -6,28 +6,18 @@ unless the weights are to be kept.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..fourier import GainMap
 from . import traced, transforms, triton
-from .bank import bank_adjoint, make_bank
 from .eager import bands, conv, limits
 from .eager.weight import Made
-from .flops import flops_of
 from .types import Gates, Geometry, Gradients, Inputs, Limits, Spectrum
-
-NO_SECOND_DERIVATIVES = (
-    "FDConv's operators have no second derivatives; their plain operations have: "
-    "fdconv_zoo.layers.ops.traced.dynamic_conv2d and modulate_bands"
-)
 
 
 class Call(NamedTuple):
@@ -144,7 +134,7 @@ def wants_bank(inputs: Inputs, geometry: Geometry) -> bool:
     """Whether a bank takes fewer transforms than the samples would, on a device that mixes it, and fits there."""
     x, gates, spectrum = inputs
     batch, num_bands = gates.bands.shape
-    if not triton.is_supported(x, gates.bands.dtype):
+    if x.device.type != triton.DEVICE or not triton.is_supported(x, gates.bands.dtype):
         return False
     is_trained = torch.is_grad_enabled() and (gates.bands.requires_grad or spectrum.coefficients.requires_grad)
     if is_trained:
@@ -323,49 +313,6 @@ def conv2d_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tenso
     return tuple(found.get(name) for name in Call._fields)
 
 
-# The bank
-
-
-def bank_kernel(
-    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """:func:`~fdconv_zoo.layers.ops.bank.make_bank`."""
-    return make_bank(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns, dtype)
-
-
-def bank_fake(
-    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """Empty tensor in the shape of the bank."""
-    return coefficients.new_empty(num_bands, len(coefficients), columns, dtype=dtype)
-
-
-def bank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps the gain map: the bank is linear in the coefficients."""
-    coefficients, *gain_map = inputs[:3]
-    ctx.save_for_backward(*gain_map)
-    ctx.dtype = coefficients.dtype
-
-
-def bank_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all arguments."""
-    if transforms.needs_plain_gradients(grad):
-        found = bank_backward_kernel(grad, *ctx.saved_tensors, ctx.dtype)
-    else:
-        found = torch.ops.fdconv_zoo.bank_backward.default(grad, *ctx.saved_tensors, ctx.dtype)
-    return found, None, None, None, None, None
-
-
-def bank_backward_kernel(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`~fdconv_zoo.layers.ops.bank.bank_adjoint`, in the dtype of the coefficients."""
-    return bank_adjoint(grad, GainMap(gain_index, gain_tiles)).to(dtype)
-
-
-def bank_backward_fake(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty tensor in the shape of the coefficients' gradient."""
-    return grad.new_empty(grad.shape[1], grad.shape[2] // 2 + 1, 2, dtype=dtype)
-
-
 # The bands
 
 
@@ -473,106 +420,3 @@ def bands_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused, need_x=need_x
         )
     return *(grads if need_x else (None, *grads)), None, None, None
-
-
-# Registration
-
-
-def refuse(ctx: Any, *grads: Any) -> None:
-    """Raises a RuntimeError: there are no second derivatives."""
-    raise RuntimeError(NO_SECOND_DERIVATIVES)
-
-
-SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", list[int]: "int[]", int: "int", bool: "bool"}
-CALL = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in Call.__annotations__.items())
-BANDS = "Tensor x, Tensor weight, Tensor bias, int[] cutoffs, int? mask_grid, bool fused"
-
-
-class Operator(NamedTuple):
-    """An operator and its implementations by the dispatcher's keys; "default" is for all devices without one.
-
-    Attributes:
-        schema: Its arguments and results.
-        kernels: Implementations.
-        fake: Makes empty tensors in the shapes of the results.
-        backward: Derivative.
-        setup: Keeps what `backward` needs, or None.
-    """
-
-    schema: str
-    kernels: dict[str, Callable[..., Any]]
-    fake: Callable[..., Any]
-    backward: Callable[..., Any]
-    setup: Callable[..., None] | None
-
-
-def counted_kernel(operator: Operator) -> Callable[..., Any]:
-    """The implementation whose floating-point operations stand for an operator's: that of CPUs."""
-    return operator.kernels.get("cpu", operator.kernels["default"])
-
-
-OPERATORS = {
-    "dynamic_conv2d": Operator(
-        f"({CALL}) -> (Tensor, Tensor, Tensor)",
-        {"cpu": conv2d_on_cpu, "cuda": conv2d_on_gpu, "default": conv2d_elsewhere},
-        conv2d_fake,
-        conv2d_backward,
-        conv2d_setup,
-    ),
-    "dynamic_conv2d_backward": Operator(
-        f"(Tensor grad, Tensor gated, Tensor gate, bool[] needs, {CALL}) -> Tensor[]",
-        {"cpu": conv2d_backward_on_cpu, "cuda": conv2d_backward_on_gpu, "default": conv2d_backward_elsewhere},
-        conv2d_backward_fake,
-        refuse,
-        None,
-    ),
-    "bank": Operator(
-        "(Tensor coefficients, Tensor gain_index, Tensor gain_tiles, int num_bands, int columns, ScalarType dtype) -> "
-        "Tensor",
-        {"default": bank_kernel},
-        bank_fake,
-        bank_backward,
-        bank_setup,
-    ),
-    "bank_backward": Operator(
-        "(Tensor grad, Tensor gain_index, Tensor gain_tiles, ScalarType dtype) -> Tensor",
-        {"default": bank_backward_kernel},
-        bank_backward_fake,
-        refuse,
-        None,
-    ),
-    "modulate_bands": Operator(
-        f"({BANDS}) -> Tensor",
-        {"cpu": partial(bands_by, limits.CPU), "cuda": bands_on_gpu, "default": partial(bands_by, limits.OTHER)},
-        bands_fake,
-        bands_backward,
-        bands_setup,
-    ),
-    "modulate_bands_backward": Operator(
-        f"(Tensor grad, {BANDS}, bool need_x) -> Tensor[]",
-        {
-            "cpu": partial(bands_backward_by, limits.CPU),
-            "cuda": bands_backward_on_gpu,
-            "default": partial(bands_backward_by, limits.OTHER),
-        },
-        bands_backward_fake,
-        refuse,
-        None,
-    ),
-}
-
-# With the dispatcher itself: torch.library.custom_op checks all arguments in Python, a tenth of a millisecond a call.
-# A second import of the package, by autoreload or a test runner, keeps the operators of the first.
-if not hasattr(torch.ops.fdconv_zoo, "dynamic_conv2d"):
-    for name, operator in OPERATORS.items():
-        full_name = f"fdconv_zoo::{name}"
-        torch.library.define(full_name, operator.schema, tags=torch.Tag.pt2_compliant_tag)
-        kernels = operator.kernels
-        if triton.IS_INTERPRETED:
-            kernels = {**kernels, "cpu": kernels.get("cuda", kernels["default"])}
-        for key, kernel in kernels.items():
-            torch.library.impl(full_name, key, kernel)
-        torch.library.register_fake(full_name, operator.fake)
-        torch.library.register_autograd(full_name, operator.backward, setup_context=operator.setup)
-        formula = flops_of(counted_kernel(operator))
-        register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(formula)

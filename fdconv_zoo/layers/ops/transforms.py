@@ -6,18 +6,14 @@ import torch
 from torch import Tensor
 
 
-def is_transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp and all made of them) or forward-mode AD computes with tensors of its own."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def needs_plain_gradients(grad: Tensor) -> bool:
     """Whether a backward pass is to be differentiated again (create_graph=True), or runs on gradients in batches.
 
     Args:
         grad: Gradient of the output; torch.autograd's own vmap (is_grads_batched, vectorize) shows in it alone.
     """
-    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    is_transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or is_transformed or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:

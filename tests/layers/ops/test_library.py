@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers import FBM
-from fdconv_zoo.layers.ops import library
+from fdconv_zoo.layers.ops import registry
 from tests.compare import randomise, relative_error
 
 
@@ -143,5 +143,5 @@ def test_derivatives_of_the_backward_operators_themselves_are_refused():
 
 def test_a_second_import_keeps_the_operators():
     operator = torch.ops.fdconv_zoo.dynamic_conv2d
-    importlib.reload(library)
+    importlib.reload(registry)
     assert torch.ops.fdconv_zoo.dynamic_conv2d is operator
