@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.fx
 from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
@@ -142,26 +143,29 @@ class _FDLayer(HasStaticWeight):
             twin.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return twin.train(self.training)
 
-    def _forward_map(self, x: Tensor, channels_last: bool) -> Tensor:
-        # Scripts know no autocast; elsewhere x is rounded as for a convolution, and the spectral maths stays exact.
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes the layer's function of x: see the class for its shape."""
+        # Scripts know neither torch.fx nor autocast; elsewhere x is rounded as for a convolution, and the spectra stay
+        # exact.
         if torch.jit.is_scripting():
-            return self._convolve(x, channels_last)
+            return self._compute(x)
         else:
+            if isinstance(x, torch.fx.Proxy):
+                return leaf(self, x)
             device = x.device.type
-            if device == "meta" or not torch.is_autocast_enabled(device):
-                return self._convolve(x, channels_last)
+            if device == "meta" or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+                return self._compute(x)
             dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return self._convolve(x.to(dtype), channels_last)
+                return self._compute(x.to(dtype))
 
     def _geometry(self) -> Geometry:
         return Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
 
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
-        spectrum = self.fdw()
+        geometry, spectrum = self._geometry(), self.fdw()
         exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
         gates = self.ksm(x.mean([2, 3], dtype=exact_dtype))
-        geometry = self._geometry()
         if self.fbm is not None:
             x = self.fbm(x)
         inputs, scale, bias = Inputs(x, gates, spectrum), self.filter_scale, self.bias
@@ -300,18 +304,14 @@ class FDConv2d(_FDLayer):
         layer._adopt(conv)
         return layer.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
-        if not torch.jit.is_scripting():
-            node = leaf(self, x)
-            if node is not None:
-                return node
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        out = self._forward_map(x, channels_last)
+        out = self._convolve(x, channels_last)
         return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
     @property
@@ -436,18 +436,14 @@ class FDLinear(_FDLayer):
         layer._adopt(linear)
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
-        if not torch.jit.is_scripting():
-            node = leaf(self, x)
-            if node is not None:
-                return node
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDLinear takes floating-point numbers")
         tokens = (x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)).transpose(1, 2).unsqueeze(-1)
-        out = self._forward_map(tokens, True)
+        out = self._convolve(tokens, True)
         return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features]).contiguous()
 
     @property

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .fbm import FBM3d
 from .fdconvnd import FDConvNd
-from .ops import dynamic_conv3d, leaf
+from .ops import dynamic_conv3d
 from .ops.types import Inputs, VolumeGeometry
 
 
@@ -24,14 +24,10 @@ class FDConv3d(FDConvNd):
     static_class = nn.Conv3d
     fbm_class = FBM3d
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, D, H, W) with a weight of its own for each sample."""
-        if not torch.jit.is_scripting():
-            node = leaf(self, x)
-            if node is not None:
-                return node
         self._check_input(x)
-        return self._forward_map(x, False)
+        return self._convolve(x, False)
 
     def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
         spectrum = self.fdw()

@@ -4,8 +4,6 @@ or torch.export reads along, or torch.func transforms.
 This is the one place that asks which of the two is wanted.
 """
 
-from typing import Any
-
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -46,14 +44,13 @@ def is_for_onnx() -> bool:
 
 
 @torch.jit.ignore
-def leaf(module: nn.Module, x: Any) -> Any:
-    """The node of a module in the graph that torch.fx is tracing, if `x` is a node of one: sizes steer what it does.
+def leaf(module: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """The node of a module in the graph that torch.fx is tracing, given the node of its input.
 
-    So it is a leaf for every tracer, torchvision's create_feature_extractor and torch.ao's among them.
+    So it is a leaf for every tracer, torchvision's create_feature_extractor and torch.ao's among them: sizes steer what
+    it computes.
     """
-    if isinstance(x, torch.fx.Proxy):
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
-    return None
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 def dynamic_conv2d(

@@ -1,14 +1,19 @@
 """What a pass would move on a GPU: whole models within their limits, and each kernel's bytes by formula."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmark
+import fdconv_zoo.layers.ops.triton.bands
+import fdconv_zoo.layers.ops.triton.conv  # noqa: F401, which registers the kernels
 from benchmarking.traffic import count_traffic
+from common.traffic import Counting
 from fdconv_zoo import FDConv2d, static_name
 
 # Of the static twin's bytes, and kernels, at most.
@@ -70,3 +75,33 @@ def test_one_batch_size(capsys):
     with pytest.raises(SystemExit) as exit:
         benchmark.main(["--traffic", "bfloat16", "--model", "resnet18_fdconv"])
     assert "one --batch-size" in str(exit.value.code)
+
+
+def test_each_kernel_of_the_backward_pass():
+    """The gated weights' gradient once in, those of FDW's weights and of the logits once out; sums in parts."""
+    ops = torch.ops.fdconv_zoo
+    batch, channels, filters, side, bands, positions, taps = 64, 48, 40, 14, 16, 9, 3
+    geometry = [3, 3], [1, 1], [1, 1, 1, 1], [1, 1]
+    with FakeTensorMode(), torch.no_grad():
+
+        def fake(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        exact = partial(fake, dtype=torch.float32)
+        gates = exact(batch, bands), exact(batch, channels), exact(batch, filters), exact(batch, positions)
+        local = exact(batch, channels), exact(filters * positions, 1, taps)
+        x, grad = fake(batch, channels, side, side), fake(batch, filters, side, side)
+        weight = fake(batch, filters, positions, channels)
+        with Counting("cuda") as counting:
+            ops.grad_input(grad, weight, x, *geometry, False)
+            ops.grad_weight(grad, x, *geometry)
+            ops.ungate(weight, fake(bands, filters * 3, channels * 3), *gates, *local, [3, 3], True)
+            ops.grad_factors(x, x, [1, 4, 1, 8])
+    found = counting.traffic.bytes
+    maps, outputs, weights = 2 * x.numel(), 2 * grad.numel(), 2 * weight.numel()
+    assert found["fdconv_zoo.grad_input.default"] == outputs + weights + 2 * maps  # the map, for its shape
+    assert found["fdconv_zoo.grad_weight.default"] == outputs + maps + weights
+    small = 4 * sum(tensor.numel() for tensor in (*gates, *local))
+    sums = 4 * batch * (filters * positions + 40 * channels)  # one block of channels, 40 blocks of filters
+    assert found["fdconv_zoo.ungate.default"] == 3 * weights + weights // batch * bands + small + sums
+    assert found["fdconv_zoo.grad_factors.default"] == 2 * maps + 4 * batch * 3 * 3 * side * side

@@ -32,8 +32,11 @@ def filters(x: Tensor, mask_grid: int | None) -> bool:
 
 @torch.compiler.assume_constant_result
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device could still give, those in PyTorch's cache among them; what is compiled takes it as fixed."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    """Bytes that a device could still give, those in PyTorch's cache among them; what is compiled takes it as fixed.
+
+    Without bounds while a CUDA graph is captured, when the device may not be asked: what fitted before it fits again.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
         return 1 << 62
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -5,9 +5,11 @@ and what a kernel reads and writes can be counted from its arguments.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def next_block(count: int, least: int, most: int) -> int:
@@ -29,11 +31,17 @@ def kernel(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     """
 
     def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(launcher)
+        def on_its_device(first: Tensor, *others: Any) -> Any:
+            # Triton launches on the current device, whatever the tensors' is.
+            with torch.cuda.device_of(first):
+                return launcher(first, *others)
+
         name = f"fdconv_zoo::{launcher.__name__}"
         # A second import of the package keeps the operators of the first.
         if not hasattr(torch.ops.fdconv_zoo, launcher.__name__):
             torch.library.define(name, schema)
-            torch.library.impl(name, "default", launcher)
+            torch.library.impl(name, "default", on_its_device)
             torch.library.register_fake(name, fake)
         return getattr(torch.ops.fdconv_zoo, launcher.__name__).default
 
