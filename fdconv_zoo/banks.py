@@ -11,6 +11,9 @@ from torch import nn
 from .layers.fdw import FDW
 from .layers.ops import triton
 
+# Of a device's free memory, what one kept bank may take.
+SHARE = 1 / 8
+
 
 def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     """Makes and keeps the banks of a model's layers on GPUs, for passes without gradients; others are left as they are.
@@ -25,7 +28,7 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
 
     Returns:
         Bytes that all kept banks take. A bank that would take more than an eighth of the device's free memory is not
-        kept.
+        kept, nor one of a layer that was made in inference mode, where nothing tells that a spectrum changed.
 
     Raises:
         ValueError: If a layer is in training mode.
@@ -37,7 +40,9 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     for layer in layers:
         layer.drop_bank()
         device, elements = layer.spectrum.device, layer.num_bands * layer.rows * layer.columns
-        if device.type == triton.DEVICE and triton.bank_fits(elements, dtype, device):
+        if layer.spectrum.is_inference() or device.type != triton.DEVICE:
+            continue
+        if elements * dtype.itemsize <= SHARE * free_memory(device):
             layer.keep_bank(dtype)
             kept += elements * dtype.itemsize
     return kept
@@ -48,3 +53,11 @@ def drop_banks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FDW):
             module.drop_bank()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device could still give, those in PyTorch's cache among them."""
+    if device.type != "cuda":
+        return 1 << 62
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -193,7 +193,7 @@ def choose(model: nn.Module, include: Include | None = None, allow: Collection[s
             continue
         reason = rules.reason(name, layer)
         wanted = None if include is None else include(name, layer)
-        if wanted is False:
+        if wanted is not None and not wanted:
             reason = reason or "not included"
         elif wanted and reason:
             if impossible_reason(layer):

@@ -49,6 +49,7 @@ class FBM(nn.Module):
     """
 
     kernel: ClassVar[tuple[int, ...]] = (3, 3)
+    fused: bool = True  # of pickles from before it was there
 
     def __init__(
         self,

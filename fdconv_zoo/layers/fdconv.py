@@ -35,6 +35,7 @@ class _FDLayer(HasStaticWeight):
     """
 
     fbm_class: ClassVar[type[FBM]] = FBM
+    fused: bool = True  # of pickles from before it was there
 
     def __init__(
         self,
@@ -102,6 +103,7 @@ class _FDLayer(HasStaticWeight):
     def reset_parameters(self) -> None:
         """Initialises the static weight and the bias as nn.Conv2d and nn.Linear do, and every gate at 1."""
         self.fdw.reset_parameters()
+        self.filter_scale = None
         self._reset_bias()
         self.reset_modulation()
 

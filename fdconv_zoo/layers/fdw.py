@@ -58,6 +58,7 @@ class FDW(nn.Module):
 
     gain_index: Tensor
     gain_tiles: Tensor
+    kept_bank: KeptBank | None = None
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class FDW(nn.Module):
         self.columns = columns
         self.num_bands = num_bands
         self.official_order = official_order
-        self.kept_bank: KeptBank | None = None
+        self.kept_bank = None
         self.fan_in = fan_in or columns
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
@@ -178,7 +179,8 @@ class FDW(nn.Module):
         the layer is trained, moved, cast or loaded. Where the spectrum changes in place they are not used.
         """
         gain_map = GainMap(self.gain_index, self.gain_tiles)
-        matrices = make_bank(self.spectrum.detach(), gain_map, self.num_bands, self.columns, dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            matrices = make_bank(self.spectrum, gain_map, self.num_bands, self.columns, dtype)
         self.kept_bank = KeptBank(matrices, self.spectrum, self.spectrum._version)
 
     @torch.jit.ignore

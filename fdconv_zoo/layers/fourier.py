@@ -129,6 +129,19 @@ def matrix_to_weight(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     return matrix.view(matrix.shape[0] // kh, kh, matrix.shape[1] // kw, kw).transpose(1, 2).contiguous()
 
 
+def drop_unpaired(lines: Tensor, columns: int) -> Tensor:
+    """Half spectra of rows (..., C//2+1) without the parts that a real row can't have, for irfft on a GPU.
+
+    They are the imaginary parts of the columns that are their own mirror image: group borders cut pairs of equal radius
+    there. CPUs drop them; cuFFT and rocFFT take some of them into the result, depending on the size.
+    """
+    kept = torch.ones(lines.shape[-1], 2, device=lines.device, dtype=torch.view_as_real(lines).dtype)
+    kept[0, 1] = 0
+    if columns % 2 == 0:
+        kept[-1, 1] = 0
+    return torch.view_as_complex(torch.view_as_real(lines) * kept)
+
+
 def to_spectrum(matrix: Tensor) -> Tensor:
     """Half spectrum of a weight matrix, scaled so that its norm is that of the matrix (Parseval).
 
@@ -148,6 +161,9 @@ def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`to_spectrum`: (R, C//2+1, 2) to the weight matrix (R, C)."""
     exact = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
     half = torch.view_as_complex(exact.contiguous()) / column_scale(columns, exact.device, exact.dtype)
+    if half.is_cuda:
+        lines = drop_unpaired(torch.fft.ifft(half, dim=0, norm="ortho"), columns)
+        return torch.fft.irfft(lines, n=columns, dim=1, norm="ortho").to(spectrum.dtype)
     return torch.fft.irfft2(half, s=(spectrum.shape[0], columns), norm="ortho").to(spectrum.dtype)
 
 

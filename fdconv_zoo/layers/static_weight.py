@@ -262,7 +262,10 @@ class HasStaticWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers.setdefault("filter_scale", None)  # pickles from before it was there
+        # Pickles from before these were there.
+        self._buffers.setdefault("filter_scale", None)
+        if "band_options" not in self.__dict__:
+            self._modules.setdefault("band_options", None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict says whether BatchNorm was absorbed."""

@@ -73,10 +73,16 @@ def dynamic_conv2d(
         ValueError: If the padded input is smaller than the kernel, where the operator computes.
     """
     if torch.jit.is_scripting() or takes_plain_operations():
-        out = traced.dynamic_conv2d(inputs, geometry, is_for_onnx())
+        out = traced.dynamic_conv2d(without_bank(inputs), geometry, is_for_onnx())
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
     else:
         return library.dynamic_conv2d(inputs, geometry, bias, channels_last, recompute, fused)
+
+
+def without_bank(inputs: Inputs) -> Inputs:
+    """Inputs whose spectrum is transformed, whatever bank is kept: the operator alone knows whether it is true."""
+    spectrum = inputs.spectrum
+    return Inputs(inputs.x, inputs.gates, Spectrum(spectrum.coefficients, spectrum.gain_map, None, -1))
 
 
 def dynamic_conv3d(inputs: Inputs, geometry: VolumeGeometry) -> Tensor:
@@ -87,7 +93,7 @@ def dynamic_conv3d(inputs: Inputs, geometry: VolumeGeometry) -> Tensor:
         by_patches = torch.jit.is_tracing() or is_exporting()
         if not by_patches and inputs.x.numel() == 0:
             return volume.convolve_nothing(inputs, geometry)
-        return volume.dynamic_conv3d(inputs, geometry, by_patches, is_for_onnx())
+        return volume.dynamic_conv3d(without_bank(inputs), geometry, by_patches, is_for_onnx())
 
 
 def modulate_bands(
@@ -114,4 +120,5 @@ def modulate_bands(
 
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     """Weight matrices (B, R, C) from the spectrum and the gains (B, n) of its groups (Eq. 4-5), in plain operations."""
-    return traced.weight_matrices(spectrum, gains, columns, is_for_onnx())
+    made = Spectrum(spectrum.coefficients, spectrum.gain_map, None, -1)
+    return traced.weight_matrices(made, gains, columns, is_for_onnx())

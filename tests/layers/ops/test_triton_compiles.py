@@ -115,4 +115,4 @@ def test_bands(side, dtype, folder):
     ):
         constants = {"BANDS": 3, **more, **bands.blocks(x)}
         exact = (*EXACT, "out") if "CHANNELS" in more else EXACT
-        assert spilled_bytes(kernel, dtype, constants, folder, exact) <= {14: 32, 28: 64, 56: 512}[side]
+        assert spilled_bytes(kernel, dtype, constants, folder, exact) <= {14: 32, 28: 96, 56: 1024}[side]

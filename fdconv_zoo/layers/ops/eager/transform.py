@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...fourier import gather_gains
+from ...fourier import drop_unpaired, gather_gains
 from ..types import Plan, Spectrum
 
 
@@ -71,7 +71,10 @@ class Transform:
         coefficients, gain_map = self.spectrum.coefficients, self.spectrum.gain_map
         half = gather_gains(complex_table(gains, math.sqrt(0.5)), gain_map, self.columns // 2 + 1)
         half *= torch.view_as_complex(coefficients)
-        return torch.fft.irfft(torch.fft.ifft(half, dim=1, norm="ortho"), n=self.columns, dim=2, norm="ortho")
+        lines = torch.fft.ifft(half, dim=1, norm="ortho")
+        if lines.device.type != "cpu":
+            lines = drop_unpaired(lines, self.columns)
+        return torch.fft.irfft(lines, n=self.columns, dim=2, norm="ortho")
 
     def _unpack(self, gains: Tensor, near: Tensor, far: Tensor) -> Tensor:
         """Weight matrices for an even number of columns, by a complex transform of half the columns.

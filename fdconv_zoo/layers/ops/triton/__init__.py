@@ -4,6 +4,7 @@ Nothing here is imported before an operator is called on a GPU: importing Triton
 """
 
 import os
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -12,17 +13,37 @@ from torch import Tensor
 # With TRITON_INTERPRET=1 Triton computes on CPUs, slowly: how the kernels are tested without a GPU.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
-IS_INSTALLED = find_spec("triton") is not None
+# Tuples as arguments, and what else the kernels take of its language.
+LEAST_TRITON = (3, 6)
 # Height and width up to which a map fits the registers of a program that gates its bands; in float32 larger ones spill.
 LARGEST_SIDE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
-# Of a device's free memory, what one bank may take.
-BANK_SHARE = 1 / 8
+# Of a device's memory, what one bank may take: a choice by what is free would differ between a pass and its repetition
+# (activation checkpointing, CUDA graphs, the ranks of a run).
+BANK_SHARE = 1 / 64
+
+
+def is_installed() -> bool:
+    """Whether Triton is there and new enough, and PyTorch not built for AMD, where nobody tried the kernels."""
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return tuple(int(part) for part in version("triton").split(".")[:2]) >= LEAST_TRITON
+
+
+IS_INSTALLED = is_installed()
+
+
+@torch.compiler.assume_constant_result
+def is_capable(device: torch.device) -> bool:
+    """Whether Triton compiles for a device: compute capability 8.0, the A100's, or more."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_supported(x: Tensor, exact_dtype: torch.dtype) -> bool:
     """Whether the kernels compute for an input, given the dtype of gates and transforms."""
     half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return IS_INSTALLED and x.device.type == DEVICE and half_or_single and exact_dtype == torch.float32
+    if x.device.type != DEVICE or not half_or_single or exact_dtype != torch.float32:
+        return False
+    return IS_INSTALLED and (IS_INTERPRETED or is_capable(x.device))
 
 
 def filters(x: Tensor, mask_grid: int | None) -> bool:
@@ -31,17 +52,13 @@ def filters(x: Tensor, mask_grid: int | None) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def free_memory(device: torch.device) -> int:
-    """Bytes that a device could still give, those in PyTorch's cache among them; what is compiled takes it as fixed.
-
-    Without bounds while a CUDA graph is captured, when the device may not be asked: what fitted before it fits again.
-    """
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+def total_memory(device: torch.device) -> int:
+    """Bytes of a device's memory."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return 1 << 62
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def bank_fits(elements: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a bank of so many elements takes at most `BANK_SHARE` of the device's free memory."""
-    return elements * dtype.itemsize <= BANK_SHARE * free_memory(device)
+    """Whether a bank of so many elements takes at most `BANK_SHARE` of the device's memory."""
+    return elements * dtype.itemsize <= BANK_SHARE * total_memory(device)

@@ -34,11 +34,22 @@ def projection(size, kept, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, PRECISION: tl.constexpr):
+    """Rounds to TF32 where products take it: they cut digits off, which would make all low-passes smaller."""
+    if PRECISION == "tf32":
+        return (value.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit
 def low_pass(maps, height, width, kept_rows, kept_columns, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
              BLOCK_W: tl.constexpr):  # fmt: skip
     """Low-pass of a map (BLOCK_H, BLOCK_W)."""
-    half = tl.dot(maps, projection(width, kept_columns, BLOCK_W), input_precision=PRECISION)
-    return tl.dot(projection(height, kept_rows, BLOCK_H), half, input_precision=PRECISION)
+    right = rounded(projection(width, kept_columns, BLOCK_W), PRECISION)
+    half = tl.dot(rounded(maps, PRECISION), right, input_precision=PRECISION)
+    left = rounded(projection(height, kept_rows, BLOCK_H), PRECISION)
+    return tl.dot(left, rounded(half, PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -142,8 +153,8 @@ def gate_bands(x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjo
     out = torch.empty_like(x)
     batch, channels, height, width = x.shape
     modulate_kernel[(batch * channels,)](
-        out, x, logits, bias, sizes_kept(x, cutoffs), channels, height, width, logits.stride(0), logits.stride(1),
-        logits.stride(3), BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
+        out, x, logits, bias.contiguous(), sizes_kept(x, cutoffs), channels, height, width,
+        logits.stride(0), logits.stride(1), logits.stride(3), BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
     )  # fmt: skip
     return out
 

@@ -6,6 +6,7 @@ A sample's gated weight is written once and read once, in the dtype of the convo
 sample's spectrum is transformed, and the transform's weights are read instead of mixed.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,7 @@ from .product import convolve, grad_input, grad_weight
 from .weight import gated_weights, ungate
 
 # Weight elements of the samples that are convolved at once: mixed from a bank, or transformed with some copies.
-MIXED, TRANSFORMED = 1 << 29, 1 << 26
+MIXED, TRANSFORMED = 1 << 28, 1 << 26
 
 
 class Sources:
@@ -38,8 +39,9 @@ class Sources:
     def chunks(self) -> Iterator[slice]:
         """Slices of the batch."""
         elements = len(self.transform.spectrum.coefficients) * self.columns
-        step = max(1, (TRANSFORMED if self.bank is None else MIXED) // elements)
         batch = len(self.gates.bands)
+        most = max(1, (TRANSFORMED if self.bank is None else MIXED) // elements)
+        step = math.ceil(batch / math.ceil(batch / most))  # chunks of one size
         return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
 
     def of(self, samples: slice) -> Tensor:
@@ -55,7 +57,9 @@ def join(parts: list[Tensor]) -> Tensor:
 def gates_of(gates: Gates, samples: slice) -> Gates:
     """Gates of samples, laid out as the kernels read them."""
     per_sample = (gate if gate is None else gate[samples] for gate in gates[:5])
-    chosen = Gates(*per_sample, gates.local_weight)
+    # Columns are adjacent to the kernels; those of a slice of KSM's heads are.
+    adjacent = (gate if gate is None or gate.stride(1) == 1 else gate.contiguous() for gate in per_sample)
+    chosen = Gates(*adjacent, gates.local_weight)
     if chosen.local_input is None:
         return chosen
     return chosen._replace(local_input=chosen.local_input.contiguous(), local_weight=chosen.local_weight.contiguous())

@@ -18,8 +18,15 @@ def next_block(count: int, least: int, most: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Precision of products: float32 is exact unless torch.set_float32_matmul_precision allows TF32."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Precision of products: float32 is exact, but where torch.set_float32_matmul_precision and others allow TF32."""
+    if dtype != torch.float32:
+        return "tf32"
+    matmul = torch.backends.cuda.matmul
+    # The older function raises once the newer setting was used.
+    if hasattr(matmul, "fp32_precision"):
+        chosen = matmul.fp32_precision
+        return "tf32" if (torch.backends.fp32_precision if chosen == "none" else chosen) == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def kernel(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
