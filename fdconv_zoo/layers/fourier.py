@@ -130,16 +130,16 @@ def matrix_to_weight(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def drop_unpaired(lines: Tensor, columns: int) -> Tensor:
-    """Half spectra of rows (..., C//2+1) without the parts that a real row can't have, for irfft on a GPU.
+    """Takes from half spectra of rows (..., C//2+1), in place, what a real row can't have, for irfft on a GPU.
 
     They are the imaginary parts of the columns that are their own mirror image: group borders cut pairs of equal radius
     there. CPUs drop them; cuFFT and rocFFT take some of them into the result, depending on the size.
     """
-    kept = torch.ones(lines.shape[-1], 2, device=lines.device, dtype=torch.view_as_real(lines).dtype)
-    kept[0, 1] = 0
+    parts = torch.view_as_real(lines)
+    parts[..., 0, 1].zero_()
     if columns % 2 == 0:
-        kept[-1, 1] = 0
-    return torch.view_as_complex(torch.view_as_real(lines) * kept)
+        parts[..., -1, 1].zero_()
+    return lines
 
 
 def to_spectrum(matrix: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from fdconv_zoo.layers import FDW
 from fdconv_zoo.layers.fourier import (
     band_index,
     column_scale,
+    drop_unpaired,
     from_spectrum,
     gain_table,
     gather_gains,
@@ -31,6 +32,15 @@ SHAPES = [
     (8, 1, 1, 1),
 ]
 few = settings(max_examples=30, derandomize=True, deadline=None)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 8])
+def test_what_a_real_row_cannot_have_is_dropped_as_on_a_cpu(columns):
+    lines = torch.randn(3, 5, columns // 2 + 1, dtype=torch.complex64)
+    expected = torch.fft.irfft(lines, n=columns, dim=2)
+    dropped = drop_unpaired(lines.clone(), columns)
+    assert dropped[..., 0].imag.abs().max() == 0
+    assert torch.equal(torch.fft.irfft(dropped, n=columns, dim=2), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
