@@ -25,6 +25,7 @@ from transformers import (
 import fdconv_zoo
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.dense import FeaturePyramid, build_transformers_head, load_transformers_head
+from fdconv_zoo.layers import KSM, ksm
 from tests.compare import relative_error
 from tests.dense_models import MODELS, NARROW
 from tests.models.base import stir
@@ -107,10 +108,17 @@ def test_detector_trains_on_one_image_and_detects_in_images_of_other_sizes(head,
     assert all(detection["boxes"].shape[1:] == (4,) for detection in detections)
 
 
-def test_one_image_needs_frozen_batch_norm():
-    image = torch.rand(3, 96, 96)
-    with pytest.raises(ValueError, match=r"batch of 1.*freeze_batch_norm_2d.*GroupNorm"):
-        create_detector(FasterRCNN, create_backbone("resnet50_fdconv"))([image], [make_target(image)])
+def test_one_image_trains_by_running_statistics_with_a_warning():
+    """Without frozen norms: KSM's, which have one value a channel, leave theirs as they are."""
+    ksm._warn_once.cache_clear()
+    image, detector = torch.rand(3, 96, 96), create_detector(FasterRCNN, create_backbone("resnet50_fdconv")).train()
+    norm = next(module for module in detector.modules() if isinstance(module, KSM)).norm
+    before = norm.running_var.clone()
+    with pytest.warns(UserWarning, match=r"batch of one sample in training.*GroupNorm.*drop_last"):
+        losses = detector([image], [make_target(image)])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert torch.equal(norm.running_var, before)
 
 
 def test_one_image_with_group_norm_in_ksm():
