@@ -130,9 +130,9 @@ def matrix_to_weight(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def drop_unpaired(lines: Tensor, columns: int) -> Tensor:
-    """Takes from half spectra of rows (..., C//2+1), in place, what a real row can't have, for irfft on a GPU.
+    """Takes from half spectra of rows (..., C//2+1), in place, what a real row can't have.
 
-    They are the imaginary parts of the columns that are their own mirror image: group borders cut pairs of equal radius
+    It is the imaginary parts of the columns that are their own mirror image: group borders cut pairs of equal radius
     there. CPUs drop them; cuFFT and rocFFT take some of them into the result, depending on the size.
     """
     parts = torch.view_as_real(lines)
@@ -140,6 +140,13 @@ def drop_unpaired(lines: Tensor, columns: int) -> Tensor:
     if columns % 2 == 0:
         parts[..., -1, 1].zero_()
     return lines
+
+
+def lines_to_rows(lines: Tensor, columns: int) -> Tensor:
+    """Orthonormal inverse transform of half spectra (..., C//2+1), which may be used up, to real rows (..., C)."""
+    if lines.device.type != "cpu":
+        lines = drop_unpaired(lines, columns)
+    return torch.fft.irfft(lines, n=columns, dim=-1, norm="ortho")
 
 
 def to_spectrum(matrix: Tensor) -> Tensor:
@@ -161,10 +168,7 @@ def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`to_spectrum`: (R, C//2+1, 2) to the weight matrix (R, C)."""
     exact = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
     half = torch.view_as_complex(exact.contiguous()) / column_scale(columns, exact.device, exact.dtype)
-    if half.is_cuda:
-        lines = drop_unpaired(torch.fft.ifft(half, dim=0, norm="ortho"), columns)
-        return torch.fft.irfft(lines, n=columns, dim=1, norm="ortho").to(spectrum.dtype)
-    return torch.fft.irfft2(half, s=(spectrum.shape[0], columns), norm="ortho").to(spectrum.dtype)
+    return lines_to_rows(torch.fft.ifft(half, dim=0, norm="ortho"), columns).to(spectrum.dtype)
 
 
 def make_gain_map(bands: Tensor, num_bands: int, columns: int) -> GainMap:

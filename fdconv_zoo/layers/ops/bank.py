@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fourier import GainMap, column_scale, drop_unpaired
+from ..fourier import GainMap, column_scale, lines_to_rows
 from . import transforms
 
 # Elements of the matrices that are transformed at once.
@@ -52,9 +52,7 @@ def make_bank(coefficients: Tensor, gain_map: GainMap, num_bands: int, columns: 
     for chunk in group_chunks(num_bands, rows * columns):
         number = torch.arange(chunk.start, chunk.stop, device=groups.device)[:, None, None]
         lines = torch.fft.ifft(torch.where(groups == number, half, 0), dim=1, norm="ortho")
-        if lines.device.type != "cpu":
-            lines = drop_unpaired(lines, columns)
-        bank[chunk] = torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
+        bank[chunk] = lines_to_rows(lines, columns)
     return bank
 
 

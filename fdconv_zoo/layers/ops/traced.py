@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fourier import drop_unpaired, gain_table, gather_gains
+from ..fourier import gain_table, gather_gains, lines_to_rows
 from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_sides
 from .onnx import box_products, inverse_rfft2
 from .types import Gates, Geometry, Inputs, Spectrum, element_gate
@@ -39,9 +39,7 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     if for_onnx:
         return inverse_rfft2(half, columns)
     lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
-    if lines.is_cuda:
-        lines = drop_unpaired(lines, columns)
-    return torch.fft.irfft(lines, n=columns, dim=2, norm="ortho")
+    return lines_to_rows(lines, columns)
 
 
 def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:

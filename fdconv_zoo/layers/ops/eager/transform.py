@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...fourier import drop_unpaired, gather_gains
+from ...fourier import gather_gains, lines_to_rows
 from ..types import Plan, Spectrum
 
 
@@ -71,10 +71,7 @@ class Transform:
         coefficients, gain_map = self.spectrum.coefficients, self.spectrum.gain_map
         half = gather_gains(complex_table(gains, math.sqrt(0.5)), gain_map, self.columns // 2 + 1)
         half *= torch.view_as_complex(coefficients)
-        lines = torch.fft.ifft(half, dim=1, norm="ortho")
-        if lines.device.type != "cpu":
-            lines = drop_unpaired(lines, self.columns)
-        return torch.fft.irfft(lines, n=self.columns, dim=2, norm="ortho")
+        return lines_to_rows(torch.fft.ifft(half, dim=1, norm="ortho"), self.columns)
 
     def _unpack(self, gains: Tensor, near: Tensor, far: Tensor) -> Tensor:
         """Weight matrices for an even number of columns, by a complex transform of half the columns.
