@@ -178,8 +178,70 @@ class _FDLayer(HasStaticWeight):
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
+class _FDConvolution(_FDLayer):
+    """What FDConv2d shares with those of other numbers of dimensions: from and to the static convolution.
+
+    They set what nn.Conv2d has, `in_channels` to `groups`.
+
+    Attributes:
+        static_class: The static convolution.
+    """
+
+    static_class: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, **kwargs: Any) -> Any:
+        """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
+
+        Args:
+            conv: Source layer, unchanged.
+            **kwargs: Keyword arguments of this class.
+
+        Raises:
+            ValueError: If `conv` is of another class, has groups, or pads with something other than zeros.
+        """
+        if type(conv) is not cls.static_class:
+            raise ValueError(
+                f"{type(conv).__name__} may compute something else than nn.{cls.static_class.__name__}, which alone is "
+                f"converted to {cls.__name__}"
+            )
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode={conv.padding_mode!r}, but {cls.__name__} pads with zeros only")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            init_weights=False,
+            device=None if conv.weight.is_meta else conv.weight.device,
+            dtype=conv.weight.dtype,
+            **kwargs,
+        )
+        layer._adopt(conv)
+        return layer.train(conv.training)
+
+    @torch.jit.ignore
+    def static_twin(self) -> nn.Module:
+        """Static convolution with the weight and bias that this layer has where every gate is 1."""
+        conv = self.static_class(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
+            bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
+        )  # fmt: skip
+        return self._copy_static_to(conv)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
+        )
+
+
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
-class FDConv2d(_FDLayer):
+class FDConv2d(_FDConvolution):
     """Frequency dynamic convolution, in place of nn.Conv2d.
 
     Args:
@@ -213,6 +275,8 @@ class FDConv2d(_FDLayer):
     Raises:
         ValueError: On groups other than 1, a `num_bands` or `cutoffs` out of range, or an input of the wrong shape.
     """
+
+    static_class = nn.Conv2d
 
     def __init__(
         self,
@@ -272,40 +336,6 @@ class FDConv2d(_FDLayer):
         self.groups = groups
         self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "FDConv2d":
-        """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
-
-        Args:
-            conv: Source layer, unchanged.
-            **kwargs: Keyword arguments of FDConv2d.
-
-        Raises:
-            ValueError: If `conv` is of a subclass, has groups, or pads with something other than zeros.
-        """
-        if type(conv) is not nn.Conv2d:
-            raise ValueError(
-                f"{type(conv).__name__} may compute something else than nn.Conv2d, which alone is converted"
-            )
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"padding_mode={conv.padding_mode!r}, but FDConv2d pads with zeros only")
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            init_weights=False,
-            device=None if conv.weight.is_meta else conv.weight.device,
-            dtype=conv.weight.dtype,
-            **kwargs,
-        )
-        layer._adopt(conv)
-        return layer.train(conv.training)
-
     def _compute(self, x: Tensor) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
@@ -320,21 +350,6 @@ class FDConv2d(_FDLayer):
     def static_shape(self) -> tuple[int, int, int, int]:
         """Shape (Cout, Cin, kh, kw) of the static weight."""
         return self.out_channels, self.in_channels, self.kernel_size[0], self.kernel_size[1]
-
-    @torch.jit.ignore
-    def static_twin(self) -> nn.Conv2d:
-        """nn.Conv2d with the weight and bias that this layer has where every gate is 1."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
-            bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
-        )  # fmt: skip
-        return self._copy_static_to(conv)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
-        )
 
 
 @register_notrace_module

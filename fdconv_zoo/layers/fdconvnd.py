@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import torch
 from timm.layers import to_ntuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
-from .fdconv import _FDLayer
+from .fdconv import _FDConvolution
 from .fdw import GainMaps
 from .padding import explicit_pads
 
 
-class FDConvNd(_FDLayer):
+class FDConvNd(_FDConvolution):
     """Frequency dynamic convolution of other things than maps.
 
     Args:
@@ -38,14 +37,9 @@ class FDConvNd(_FDLayer):
         device: Device of the parameters.
         dtype: Dtype of the parameters; spectra are computed in float32 at least.
 
-    Attributes:
-        static_class: The static convolution.
-
     Raises:
         ValueError: On groups other than 1, a `num_bands` or `cutoffs` out of range, or an input of the wrong shape.
     """
-
-    static_class: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -107,41 +101,6 @@ class FDConvNd(_FDLayer):
         self.groups = groups
         self.pads = explicit_pads(pads, kernel, strides, dilations)
 
-    @classmethod
-    def from_conv(cls, conv: nn.Module, **kwargs: Any) -> Any:
-        """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
-
-        Args:
-            conv: Source layer, unchanged.
-            **kwargs: Keyword arguments of this class.
-
-        Raises:
-            ValueError: If `conv` is of another class, has groups, or pads with something other than zeros.
-        """
-        if type(conv) is not cls.static_class:
-            raise ValueError(
-                f"{type(conv).__name__} may compute something else than nn.{cls.static_class.__name__}, which alone is "
-                f"converted to {cls.__name__}"
-            )
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"padding_mode={conv.padding_mode!r}, but {cls.__name__} pads with zeros only")
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            init_weights=False,
-            device=None if conv.weight.is_meta else conv.weight.device,
-            dtype=conv.weight.dtype,
-            **kwargs,
-        )
-        layer._adopt(conv)
-        return layer.train(conv.training)
-
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 2 + len(self.stride) or x.shape[1] != self.in_channels:
             sides = len(self.stride)
@@ -151,18 +110,3 @@ class FDConvNd(_FDLayer):
             )
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv{len(self.stride)}d takes floating-point numbers")
-
-    @torch.jit.ignore
-    def static_twin(self) -> nn.Module:
-        """Static convolution with the weight and bias that this layer has where every gate is 1."""
-        conv = self.static_class(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
-            bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
-        )  # fmt: skip
-        return self._copy_static_to(conv)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
-        )
