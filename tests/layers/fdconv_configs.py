@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 
 from fdconv_zoo import FDConv2d
 from fdconv_zoo.layers.ops import literal
@@ -55,6 +57,21 @@ CONFIGS = {
     "fdw only": (4, 5, 3, {"padding": 1, "num_bands": 5, "fbm": False, "ksm": False}, (2, 13, 10)),
 }
 on_grid = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def draw_config(draw, *, channels, side, bands):
+    """A random one of those, by hypothesis' `draw`: channels, pixels of a side and groups at most."""
+    pair = partial(st.tuples, *(2 * [st.integers(1, 3)]))
+    kernel, stride, dilation = draw(pair()), draw(pair()), draw(pair())
+    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    in_channels, out_channels = draw(st.integers(1, channels)), draw(st.integers(1, channels))
+    batch, height, width = draw(st.integers(1, 4)), draw(st.integers(1, side)), draw(st.integers(1, side))
+    extents = [n + 2 * p - d * (k - 1) for n, p, d, k in zip((height, width), padding, dilation, kernel, strict=True)]
+    assume(min(extents) >= 1)
+    coefficients = out_channels * kernel[0] * (in_channels * kernel[1] // 2 + 1)
+    keywords = {"stride": stride, "padding": padding, "dilation": dilation, "bias": draw(st.booleans())}
+    keywords |= {"num_bands": draw(st.integers(1, min(coefficients, bands))), "ksm": draw(st.booleans())}
+    return in_channels, out_channels, kernel, keywords, (batch, height, width)
 
 
 def layer_and_input(config, dtype=torch.float64, **overrides):

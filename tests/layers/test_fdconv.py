@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers.ops import literal
 from tests.compare import assert_matches, randomise, relative_error
-from tests.layers.fdconv_configs import CONFIGS, layer_and_input, on_grid, reference_of
+from tests.layers.fdconv_configs import CONFIGS, draw_config, layer_and_input, on_grid, reference_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 few = settings(max_examples=20, derandomize=True, deadline=None)
@@ -35,20 +35,9 @@ def test_conv_matches_the_reference_in_float32(name):
 @few
 @given(data=st.data())
 def test_conv_matches_the_reference_on_random_configurations(data):
-    draw = data.draw
-    pair = partial(st.tuples, *(2 * [st.integers(1, 3)]))
-    kernel, stride, dilation = draw(pair()), draw(pair()), draw(pair())
-    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
-    in_channels, out_channels = draw(st.integers(1, 7)), draw(st.integers(1, 7))
-    batch, height, width = draw(st.integers(1, 4)), draw(st.integers(1, 14)), draw(st.integers(1, 14))
-    extents = [n + 2 * p - d * (k - 1) for n, p, d, k in zip((height, width), padding, dilation, kernel, strict=True)]
-    assume(min(extents) >= 1)
-    coefficients = out_channels * kernel[0] * (in_channels * kernel[1] // 2 + 1)
-    keywords = {"stride": stride, "padding": padding, "dilation": dilation, "bias": draw(st.booleans())}
-    keywords |= {"num_bands": draw(st.integers(1, min(coefficients, 12))), "ksm": draw(st.booleans())}
-    config = (in_channels, out_channels, kernel, keywords, (batch, height, width))
+    config = draw_config(data.draw, channels=7, side=14, bands=12)
     torch.manual_seed(0)
-    layer, x = layer_and_input(config, recompute=draw(st.booleans()))
+    layer, x = layer_and_input(config, recompute=data.draw(st.booleans()))
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=1e-10)
 
 

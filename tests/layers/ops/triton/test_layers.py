@@ -2,18 +2,17 @@
 
 import copy
 import io
-from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdconv_zoo import FDConv2d, FDLinear, drop_banks, keep_banks
 from fdconv_zoo.layers.ops import triton
 from fdconv_zoo.layers.ops.triton import conv
 from tests.compare import assert_matches, randomise, relative_error
-from tests.layers.fdconv_configs import CONFIGS, layer_and_input, reference_of
+from tests.layers.fdconv_configs import CONFIGS, draw_config, layer_and_input, reference_of
 from tests.layers.test_golden import GOLDEN, below, load, spectrum_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -50,20 +49,9 @@ def test_conv_matches_the_reference(name, calls):
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_conv_matches_the_reference_on_random_configurations(data):
-    draw = data.draw
-    pair = partial(st.tuples, *(2 * [st.integers(1, 3)]))
-    kernel, stride, dilation = draw(pair()), draw(pair()), draw(pair())
-    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
-    in_channels, out_channels = draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    batch, height, width = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    extents = [n + 2 * p - d * (k - 1) for n, p, d, k in zip((height, width), padding, dilation, kernel, strict=True)]
-    assume(min(extents) >= 1)
-    coefficients = out_channels * kernel[0] * (in_channels * kernel[1] // 2 + 1)
-    keywords = {"stride": stride, "padding": padding, "dilation": dilation, "bias": draw(st.booleans())}
-    keywords |= {"num_bands": draw(st.integers(1, min(coefficients, 64))), "ksm": draw(st.booleans())}
-    config = (in_channels, out_channels, kernel, keywords, (batch, height, width))
+    config = draw_config(data.draw, channels=20, side=9, bands=64)
     torch.manual_seed(0)
-    layer, x = layer_and_input(config, torch.float32, recompute=draw(st.booleans()))
+    layer, x = layer_and_input(config, torch.float32, recompute=data.draw(st.booleans()))
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=5e-5)
 
 
