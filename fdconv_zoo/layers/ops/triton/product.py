@@ -16,6 +16,17 @@ from .launch import kernel, next_block, precision_of
 
 
 @triton.jit
+def pixels_of(
+    places, in_places, position, height, width, out_width, TOP: tl.constexpr, LEFT: tl.constexpr, DOWN: tl.constexpr,
+    RIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, ROW_STEP: tl.constexpr, COLUMN_STEP: tl.constexpr,
+):  # fmt: skip
+    """Row and column of the pixel that each place of the output sees at a kernel position, and whether there is one."""
+    y = places // out_width * DOWN - TOP + position // KERNEL_WIDTH * ROW_STEP
+    column = places % out_width * RIGHT - LEFT + position % KERNEL_WIDTH * COLUMN_STEP
+    return y, column, in_places & (y >= 0) & (y < height) & (column >= 0) & (column < width)
+
+
+@triton.jit
 def convolve_kernel(
     out, x, weight, bias, num_filters, num_channels, height, width, out_height, out_width,
     x_batch, x_channel, x_row, x_column, out_batch, out_channel, out_row, out_column,
@@ -42,9 +53,21 @@ def convolve_kernel(
         position = step // channel_blocks
         channels = step % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         in_channels = channels < num_channels
-        y = out_y * DOWN - TOP + position // KERNEL_WIDTH * ROW_STEP
-        column = out_x * RIGHT - LEFT + position % KERNEL_WIDTH * COLUMN_STEP
-        inside = in_places & (y >= 0) & (y < height) & (column >= 0) & (column < width)
+        y, column, inside = pixels_of(
+            places,
+            in_places,
+            position,
+            height,
+            width,
+            out_width,
+            TOP,
+            LEFT,
+            DOWN,
+            RIGHT,
+            KERNEL_WIDTH,
+            ROW_STEP,
+            COLUMN_STEP,
+        )
         left = tl.load(
             weight + (filters[:, None] * POSITIONS + position) * num_channels + channels[None, :],
             mask=in_filters[:, None] & in_channels[None, :], other=0.0,
@@ -128,9 +151,21 @@ def grad_weight_kernel(
     for first in range(0, count, BLOCK_P):
         places = first + tl.arange(0, BLOCK_P)
         out_y, out_x = places // out_width, places % out_width
-        y = out_y * DOWN - TOP + position // KERNEL_WIDTH * ROW_STEP
-        column = out_x * RIGHT - LEFT + position % KERNEL_WIDTH * COLUMN_STEP
-        inside = (places < count) & (y >= 0) & (y < height) & (column >= 0) & (column < width)
+        y, column, inside = pixels_of(
+            places,
+            places < count,
+            position,
+            height,
+            width,
+            out_width,
+            TOP,
+            LEFT,
+            DOWN,
+            RIGHT,
+            KERNEL_WIDTH,
+            ROW_STEP,
+            COLUMN_STEP,
+        )
         slope = tl.load(
             grad + filters[:, None] * grad_channel + (out_y * grad_row + out_x * grad_column)[None, :],
             mask=in_filters[:, None] & inside[None, :], other=0.0,
