@@ -11,9 +11,6 @@ from torch import nn
 from .layers.fdw import FDW
 from .layers.ops import triton
 
-# Of a device's free memory, what one kept bank may take.
-SHARE = 1 / 8
-
 
 def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     """Makes and keeps the banks of a model's layers on GPUs, for passes without gradients; others are left as they are.
@@ -39,12 +36,10 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     kept = 0
     for layer in layers:
         layer.drop_bank()
-        device, elements = layer.spectrum.device, layer.num_bands * layer.rows * layer.columns
-        if layer.spectrum.is_inference() or device.type != triton.DEVICE:
-            continue
-        if elements * dtype.itemsize <= SHARE * free_memory(device):
+        size = layer.num_bands * layer.rows * layer.columns * dtype.itemsize
+        if not layer.spectrum.is_inference() and triton.can_keep(size, layer.spectrum.device):
             layer.keep_bank(dtype)
-            kept += elements * dtype.itemsize
+            kept += size
     return kept
 
 
@@ -53,11 +48,3 @@ def drop_banks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FDW):
             module.drop_bank()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a device could still give, those in PyTorch's cache among them."""
-    if device.type != "cuda":
-        return 1 << 62
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

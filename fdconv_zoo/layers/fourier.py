@@ -144,9 +144,7 @@ def drop_unpaired(lines: Tensor, columns: int) -> Tensor:
 
 def lines_to_rows(lines: Tensor, columns: int) -> Tensor:
     """Orthonormal inverse transform of half spectra (..., C//2+1), which may be used up, to real rows (..., C)."""
-    if lines.device.type != "cpu":
-        lines = drop_unpaired(lines, columns)
-    return torch.fft.irfft(lines, n=columns, dim=-1, norm="ortho")
+    return torch.fft.irfft(drop_unpaired(lines, columns), n=columns, dim=-1, norm="ortho")
 
 
 def to_spectrum(matrix: Tensor) -> Tensor:

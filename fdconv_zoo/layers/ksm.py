@@ -123,7 +123,7 @@ class KSM(nn.Module):
         reduction: Ratio of hidden to input channels; at least 16 channels are kept.
         modulate_weight: False leaves only the gains of the frequency groups (the paper's "FDW only").
         norm_layer: Normalisation of the hidden (B, A, 1, 1) map. A BatchNorm that trains takes the running statistics
-            for a batch of one (with a warning, once) and leaves them; in TorchScript such a batch is torch's error.
+            for a batch of one (with a warning, once) and leaves them; in TorchScript such a batch is an error.
         act_layer: Activation of the hidden map.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -180,10 +180,10 @@ class KSM(nn.Module):
         """
         projected = self.fc(pooled)
         hidden = projected[:, :, None, None]
-        if torch.jit.is_scripting():
-            hidden = self.norm(hidden)
+        if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
+            hidden = self._normalise_lone(hidden)
         else:
-            hidden = self._normalise(hidden)
+            hidden = self.norm(hidden)
         hidden = self.act(hidden).flatten(1)
         gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype)
         if self.local_norm is None or self.local_conv is None:
@@ -218,11 +218,11 @@ class KSM(nn.Module):
             own.weight = part.weight
             self._modules[name] = own.train(part.training)
 
-    def _normalise(self, hidden: Tensor) -> Tensor:
-        """The hidden map (B, A, 1, 1) normalised; a single sample, which has no statistics, by the running ones."""
+    @torch.jit.unused
+    def _normalise_lone(self, hidden: Tensor) -> Tensor:
+        """The hidden map (1, A, 1, 1) normalised: a single sample has no statistics, so by BatchNorm's running ones."""
         norm = self.norm
-        has_statistics = isinstance(norm, _BatchNorm) and norm.running_mean is not None
-        if not (has_statistics and norm.training and hidden.shape[0] == 1) or is_synchronised(norm):
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or is_synchronised(norm):
             return norm(hidden)
         warn_of_lone_sample()
         norm.training = False

@@ -20,6 +20,8 @@ LARGEST_SIDE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 # Of a device's memory, what one bank may take: a choice by what is free would differ between a pass and its repetition
 # (activation checkpointing, CUDA graphs, the ranks of a run).
 BANK_SHARE = 1 / 64
+# Of its free memory, what one bank that is kept between passes may take.
+KEPT_SHARE = 1 / 8
 
 
 def is_installed() -> bool:
@@ -62,3 +64,16 @@ def total_memory(device: torch.device) -> int:
 def bank_fits(elements: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a bank of so many elements takes at most `BANK_SHARE` of the device's memory."""
     return elements * dtype.itemsize <= BANK_SHARE * total_memory(device)
+
+
+def can_keep(size: int, device: torch.device) -> bool:
+    """Whether kernels would read a kept bank of so many bytes on a device, and it takes at most `KEPT_SHARE` there."""
+    return device.type == DEVICE and size <= KEPT_SHARE * free_memory(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device could still give, those in PyTorch's cache among them."""
+    if device.type != "cuda":
+        return 1 << 62
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
