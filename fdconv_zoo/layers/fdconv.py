@@ -19,7 +19,7 @@ from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .ksm import KSM
-from .ops import dynamic_conv2d, leaf
+from .ops import dynamic_conv2d, leaf, triton
 from .ops.types import Geometry, Inputs
 from .padding import explicit_pads
 from .static_weight import HasStaticWeight
@@ -150,24 +150,25 @@ class _FDLayer(HasStaticWeight):
         # Scripts know neither torch.fx nor autocast; elsewhere x is rounded as for a convolution, and the spectra stay
         # exact.
         if torch.jit.is_scripting():
-            return self._compute(x)
+            return self._compute(x, False)
         else:
             if isinstance(x, torch.fx.Proxy):
                 return leaf(self, x)
             device = x.device.type
+            by_kernels = self.fused and device == triton.DEVICE
             if device == "meta" or not x.is_floating_point() or not torch.is_autocast_enabled(device):
-                return self._compute(x)
+                return self._compute(x, by_kernels)
             dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
-                return self._compute(x.to(dtype))
+                return self._compute(x.to(dtype), by_kernels)
 
     def _geometry(self) -> Geometry:
         return Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
 
-    def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
+    def _convolve(self, x: Tensor, channels_last: bool, by_kernels: bool) -> Tensor:
         geometry, spectrum = self._geometry(), self.fdw()
         exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
-        gates = self.ksm(x.mean([2, 3], dtype=exact_dtype))
+        gates = self.ksm(x.mean([2, 3], dtype=exact_dtype), by_kernels)
         if self.fbm is not None:
             x = self.fbm(x)
         inputs, scale, bias = Inputs(x, gates, spectrum), self.filter_scale, self.bias
@@ -336,14 +337,14 @@ class FDConv2d(_FDConvolution):
         self.groups = groups
         self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:
         """Convolves x (B, Cin, H, W) with a weight of its own for each sample."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        out = self._convolve(x, channels_last)
+        out = self._convolve(x, channels_last, by_kernels)
         return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
     @property
@@ -453,14 +454,14 @@ class FDLinear(_FDLayer):
         layer._adopt(linear)
         return layer.train(linear.training)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:
         """Multiplies x (B, ..., Cin) by a weight of its own for each sample."""
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(f"input of shape {list(x.shape)}, but FDLinear takes (B, ..., {self.in_features})")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDLinear takes floating-point numbers")
         tokens = (x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)).transpose(1, 2).unsqueeze(-1)
-        out = self._convolve(tokens, True)
+        out = self._convolve(tokens, True, by_kernels)
         return out.squeeze(-1).transpose(1, 2).reshape(list(x.shape[:-1]) + [self.out_features]).contiguous()
 
     @property

@@ -21,10 +21,10 @@ class FDConv1d(FDConvNd):
     static_class = nn.Conv1d
     fbm_class = FBM1d
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:
         """Convolves x (B, Cin, L) with a weight of its own for each sample."""
         self._check_input(x)
-        return self._convolve(x.unsqueeze(-1), False).squeeze(-1)
+        return self._convolve(x.unsqueeze(-1), False, by_kernels).squeeze(-1)
 
     def _geometry(self) -> Geometry:
         before, after = self.pads[0], self.pads[1]

@@ -24,15 +24,15 @@ class FDConv3d(FDConvNd):
     static_class = nn.Conv3d
     fbm_class = FBM3d
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:
         """Convolves x (B, Cin, D, H, W) with a weight of its own for each sample."""
         self._check_input(x)
-        return self._convolve(x, False)
+        return self._convolve(x, False, by_kernels)
 
-    def _convolve(self, x: Tensor, channels_last: bool) -> Tensor:
+    def _convolve(self, x: Tensor, channels_last: bool, by_kernels: bool) -> Tensor:
         spectrum = self.fdw()
         exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
-        gates = self.ksm(x.mean([2, 3, 4], dtype=exact_dtype))
+        gates = self.ksm(x.mean([2, 3, 4], dtype=exact_dtype), by_kernels)
         if self.fbm is not None:
             x = self.fbm(x)
         geometry = VolumeGeometry(self.kernel_size, self.stride, self.pads, self.dilation)

@@ -28,6 +28,7 @@ from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .ops import can_launch
 from .ops.traced import local_logits
 from .ops.types import Gates
 
@@ -172,20 +173,19 @@ class KSM(nn.Module):
         if self.local_conv is not None:
             self.local_conv.zero()
 
-    def forward(self, pooled: Tensor) -> Gates:
+    def forward(self, pooled: Tensor, by_kernels: bool = False) -> Gates:
         """Computes the gates of each sample, all but the dense one, whose input and weight stand for it.
 
         Args:
             pooled: Mean of the input over space (B, Cin); the gates have its dtype.
+            by_kernels: Let a GPU's kernel compute where there is one for it.
         """
         projected = self.fc(pooled)
-        hidden = projected[:, :, None, None]
-        if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
-            hidden = self._normalise_lone(hidden)
+        if by_kernels:
+            gates = self._gates_by_kernel(projected)
         else:
-            hidden = self.norm(hidden)
-        hidden = self.act(hidden).flatten(1)
-        gates = (2 * torch.sigmoid(self.heads(hidden))).to(pooled.dtype)
+            gates = self._gates(projected)
+        gates = gates.to(pooled.dtype)
         if self.local_norm is None or self.local_conv is None:
             return Gates(gates, None, None, None, None, None)
         local_input = self.local_norm(pooled.to(projected.dtype)).to(pooled.dtype)
@@ -196,6 +196,29 @@ class KSM(nn.Module):
         else:
             bands, channels, filters, positions = gates.split(self.sections, dim=1)
         return Gates(bands, channels, filters, positions, local_input, local_weight)
+
+    def _gates(self, projected: Tensor) -> Tensor:
+        """Gates of all sections (B, sum of sections) from the hidden layer (B, A) before its normalisation."""
+        hidden = projected[:, :, None, None]
+        if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
+            hidden = self._normalise_lone(hidden)
+        else:
+            hidden = self.norm(hidden)
+        return 2 * torch.sigmoid(self.heads(self.act(hidden).flatten(1)))
+
+    @torch.jit.unused
+    def _gates_by_kernel(self, projected: Tensor) -> Tensor:
+        """:meth:`_gates` in one launch where no gradient is wanted and the parts are the default ones."""
+        norm, act = self.norm, self.act
+        is_default = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and type(act) is StarReLU
+        if not is_default or norm.training or is_hooked(norm, act, self.heads) or not can_launch(projected):
+            return self._gates(projected)
+        from .ops.triton.gates import gates_of_hidden
+
+        return gates_of_hidden(
+            projected, self.heads.weight, self.heads.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+            norm.eps, act.scale, act.bias,
+        )  # fmt: skip
 
     @torch.jit.ignore
     def dense_gate(self, gates: Gates) -> Tensor | None:
@@ -230,6 +253,11 @@ class KSM(nn.Module):
             return norm(hidden)
         finally:
             norm.training = True
+
+
+def is_hooked(*parts: nn.Module) -> bool:
+    """Whether someone acts when a part is called: its parameters may be elsewhere until then (FSDP, accelerate)."""
+    return any(part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in parts)
 
 
 def is_synchronised(norm: nn.Module) -> bool:

@@ -7,7 +7,8 @@ from itertools import product, zip_longest
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from timm.models.metaformer import StarReLU
+from torch import Tensor, nn
 
 from fdconv_zoo.layers import FDW
 from gpu_checks import reference
@@ -62,6 +63,7 @@ MAPS = [
 ]
 BAND_MAPS = [(2, 5, 9, 16), (2, 17, 14, 14), (2, 33, 28, 28), (1, 3, 56, 56), (1, 2, 64, 33), (2, 1, 1, 1)]
 BANKS = [(64, 64, 64), (45, 33, 13), (128, 96, 16)]
+GATES = [(2, 18, 16), (64, 4681, 128), (33, 100, 24)]
 
 
 def run(setup: Setup) -> Iterator[Row]:
@@ -74,6 +76,8 @@ def run(setup: Setup) -> Iterator[Row]:
             raise UnavailableError("Triton's kernels need a GPU and Triton, or TRITON_INTERPRET=1 and --device cpu")
         load_kernels()
         few = 1 if setup.small else None
+        for shape in GATES[:few]:
+            yield measured(setup, "gates", shape, torch.float32, check_gates)
         for number, shapes in enumerate(zip_longest(WEIGHTS[:few], MAPS[:few], BAND_MAPS[:few])):
             for dtype in setup.dtypes[: 3 if number == 0 else 2]:
                 yield from check_shapes(setup, number, shapes, dtype)
@@ -85,6 +89,7 @@ def load_kernels() -> None:
     """Imports Triton's kernels, which makes them operators."""
     import_module("fdconv_zoo.layers.ops.triton.conv")
     import_module("fdconv_zoo.layers.ops.triton.bands")
+    import_module("fdconv_zoo.layers.ops.triton.gates")
 
 
 def check_shapes(setup: Setup, number: int, shapes: tuple, dtype: torch.dtype) -> Iterator[Row]:
@@ -185,6 +190,24 @@ def check_bands(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> dic
         "adjoint": largest_error(ops.gate_bands(grad, logits, bias, FRACTIONS, True), adjoint),
         "grad_factors": largest_error(factors, reference.grad_factors(grad.double(), x.double(), CUTOFFS)),
     }
+
+
+def check_gates(setup: Setup, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
+    """Error of KSM's gates (samples, gates, hidden channels)."""
+    batch, count, width = shape
+    norm, star = nn.BatchNorm2d(width).to(setup.device).eval(), StarReLU().to(setup.device)
+    heads = nn.Linear(width, count).to(setup.device)
+    with torch.no_grad():
+        for values in (norm.weight, norm.bias, norm.running_mean, heads.bias):
+            values.normal_()
+        norm.running_var.uniform_(0.2, 3)
+        hidden = setup.randn(batch, width, dtype=dtype)
+        found = torch.ops.fdconv_zoo.gates_of_hidden(
+            hidden, heads.weight, heads.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps,
+            star.scale, star.bias,
+        )  # fmt: skip
+        wide = star.double()(norm.double()(hidden.double()[:, :, None, None])).flatten(1)
+        return {"gates": largest_error(found, 2 * torch.sigmoid(heads.double()(wide)))}
 
 
 def check_bank(setup: Setup, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:

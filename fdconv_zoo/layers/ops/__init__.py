@@ -12,6 +12,7 @@ from . import (
     library,
     registry,  # noqa: F401, registers the operators
     traced,
+    triton,
     volume,
 )
 from .types import Geometry, Inputs, Spectrum, VolumeGeometry
@@ -33,6 +34,11 @@ def takes_plain_operations() -> bool:
     # torch.func and forward-mode AD compute with tensors of their own.
     is_transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     return is_transformed or is_exporting()
+
+
+def can_launch(x: Tensor) -> bool:
+    """Whether a GPU's kernel without a derivative may compute from a tensor: no gradients, nothing reading along."""
+    return not torch.is_grad_enabled() and triton.is_supported(x, torch.float32) and not takes_plain_operations()
 
 
 def is_for_onnx() -> bool:

@@ -14,7 +14,8 @@ if find_spec("triton.backends.nvidia") is None:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fdconv_zoo.layers.ops.triton import LARGEST_SIDE, bands, product, weight  # noqa: E402
+from fdconv_zoo.layers.ops.triton import LARGEST_SIDE, bands, gates, product, weight  # noqa: E402
+from fdconv_zoo.layers.ops.triton.launch import next_block  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -31,6 +32,8 @@ def spilled_bytes(kernel, dtype, constants, folder, exact=EXACT):
     for name in names:
         if name in constants:
             types[name] = "constexpr"
+        elif name == "epsilon":
+            types[name] = "fp32"
         elif name == "kept":
             types[name] = ("i32",) * 6
         elif name in exact:
@@ -116,3 +119,13 @@ def test_bands(side, dtype, folder):
         constants = {"BANDS": 3, **more, **bands.blocks(x)}
         exact = (*EXACT, "out") if "CHANNELS" in more else EXACT
         assert spilled_bytes(kernel, dtype, constants, folder, exact) <= {14: 32, 28: 96, 56: 1024}[side]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_gates(batch, folder):
+    constants = {
+        "PRECISION": "ieee", "BLOCK_B": next_block(batch, 16, gates.LARGEST_BATCH), "BLOCK_O": gates.BLOCK_OUT,
+        "BLOCK_H": 64, "num_warps": 4,
+    }  # fmt: skip
+    names = [name for name in gates.gates_kernel.arg_names if name not in ("batch", "num_hidden", "num_out", "epsilon")]
+    assert spilled_bytes(gates.gates_kernel, torch.float32, constants, folder, names) == 0

@@ -47,6 +47,9 @@ def test_each_kernel_reads_and_writes_what_it_must():
     assert found["fdconv_zoo.gated_weights.default"] == 2 * (bands + batch) * weights + gates + local
     assert found["fdconv_zoo.convolve.default"] == maps + 2 * batch * weights + outputs
     assert found["fdconv_zoo.gate_bands.default"] == 2 * maps + 2 * 3 * (batch * places + 1)
+    hidden, made = 16, bands + channels + filters + positions
+    parameters = made * (hidden + 1) + 4 * hidden + 2
+    assert found["fdconv_zoo.gates_of_hidden.default"] == 2 * (batch * hidden + parameters) + 4 * batch * made
 
 
 def test_without_a_kept_bank_it_is_made_for_large_batches_alone():
