@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checkpoint import describe_misfits
 from .convert import convert_static_state_dict, convert_to_fdconv, named_fd_layers
+from .layers.options import describe_names
 from .pretrained import resolve_pretrained
 
 
@@ -66,7 +67,7 @@ class FDConvModel(nn.Module):
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         if unknown and not takes_any:
             raise TypeError(
-                f"{cls.__name__} has no keyword argument {', '.join(unknown)}; those of its FDConv layers are "
+                f"{cls.__name__} has no keyword argument {describe_names(unknown)}; those of its FDConv layers are "
                 f"{', '.join(sorted(own))}, those of timm's model {', '.join(k for k in known if k != 'self')}"
             )
         chosen = {option: kwargs[key] for key, option in own.items() if key in kwargs}

@@ -6,8 +6,9 @@ Replaced are the convolutions of a network's blocks and the linear layers of its
 them first and by names second. What a model is wrapped in changes nothing.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
@@ -25,7 +26,9 @@ from .tokens import REASONS, find_unfit
 
 FDLayer = FDConv1d | FDConv2d | FDConv3d | FDLinear
 # True insists on a layer, False leaves it, None is the rule's answer.
-Include = Callable[[str, nn.Module], bool | None]
+Rule = Callable[[str, nn.Module], bool | None]
+# Names, each for itself and all below it, narrow the rule's choice.
+Include = Rule | str | Sequence[str]
 
 # What a layer of each type is replaced by: its counterpart's constructor from a static layer.
 COUNTERPARTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
@@ -63,6 +66,17 @@ class LayerReport:
 
     def __str__(self) -> str:
         return f"{self.name}: {'x'.join(map(str, self.shape))} {self.reason or 'FDConv'}"
+
+
+class Summary(list[LayerReport]):
+    """Reports on the layers of a model; printed, a table."""
+
+    def __str__(self) -> str:
+        replaced = sum(report.replaced for report in self)
+        rows = [(r.name, "x".join(map(str, r.shape)), f"static: {r.reason}" if r.reason else "FDConv") for r in self]
+        name_width, shape_width = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
+        lines = [f"{name:<{name_width}}  {shape:<{shape_width}}  {fate}" for name, shape, fate in rows]
+        return "\n".join([*lines, f"FDConv: {replaced} of {len(self)} layers"])
 
 
 class Candidate(NamedTuple):
@@ -174,6 +188,35 @@ class Rules:
         return "" if layer in self.mlps or MLPS.intersection(parts) else "linear layer outside an MLP"
 
 
+def include_rule(include: Include, model: nn.Module) -> Rule:
+    """What `include` says about each layer, as a function.
+
+    Args:
+        include: Such a function itself, or names of modules, in which `*`, `?` and `[...]` stand for any characters:
+            whatever lies in one of them takes the rule's choice, and all else is left.
+        model: Has modules of these names.
+
+    Raises:
+        ValueError: A name fits no module.
+        TypeError: It is neither.
+    """
+    if callable(include):
+        return include
+    names = [include] if isinstance(include, str) else list(include)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"include={include!r}, but it must be a function, a name or names of the model's modules")
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for name in names:
+        if not any(_lies_in(module, name) for module in modules):
+            children = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"include names {name!r}, which is no module of {type(model).__name__}; it has {children}")
+    return lambda layer, _: None if any(_lies_in(layer, name) for name in names) else False
+
+
+def _lies_in(layer: str, name: str) -> bool:
+    return fnmatchcase(layer, name) or fnmatchcase(layer, f"{name}.*")
+
+
 def choose(model: nn.Module, include: Include | None = None, allow: Collection[str] = ()) -> list[Candidate]:
     """Decides about every static convolution and linear layer of a model.
 
@@ -183,8 +226,14 @@ def choose(model: nn.Module, include: Include | None = None, allow: Collection[s
         allow: As for :func:`~fdconv_zoo.convert_to_fdconv`.
 
     Raises:
-        ValueError: If `include` insists on a layer that can't be replaced.
+        ValueError: If `include` insists on a layer that can't be replaced, or names what the model has not.
+        TypeError: If `model` is no module, or `include` neither function nor names.
     """
+    if not isinstance(model, nn.Module):
+        got = repr(model) if isinstance(model, str | type) else type(model).__name__
+        hint = f'; timm.create_model("{model}") makes one' if isinstance(model, str) else ""
+        raise TypeError(f"a model (nn.Module) is wanted, got {got}{hint}")
+    rule = None if include is None else include_rule(include, model)
     inside = tuple(f"{name}." if name else "" for name, _ in named_fd_layers(model))
     rules, unfit = Rules(model), find_unfit(model)
     found = []
@@ -192,7 +241,7 @@ def choose(model: nn.Module, include: Include | None = None, allow: Collection[s
         if not isinstance(layer, WEIGHTED) or name.startswith(inside):
             continue
         reason = rules.reason(name, layer)
-        wanted = None if include is None else include(name, layer)
+        wanted = None if rule is None else rule(name, layer)
         if wanted is not None and not wanted:
             reason = reason or "not included"
         elif wanted and reason:

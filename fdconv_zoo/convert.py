@@ -12,36 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .choice import COUNTERPARTS, Candidate, FDLayer, Include, LayerReport, choose, named_fd_layers
+from .choice import COUNTERPARTS, Candidate, FDLayer, Include, LayerReport, Summary, choose, named_fd_layers
 from .handover import find_shared, hand_over
 from .layers import FDConv2d, to_spectrum
 from .layers.fdw import GainMaps
 from .layers.fourier import column_scale, weight_to_matrix
+from .layers.options import describe_names
 from .reparameterize import keep_unfused
 from .tokens import REASONS
 
 _logger = logging.getLogger(__name__)
 
 
-def summary(model: nn.Module, include: Include | None = None) -> list[LayerReport]:
+def summary(model: nn.Module, include: Include | None = None) -> Summary:
     """What :func:`convert_to_fdconv` replaces in a model, or has replaced, and what it leaves and why.
+
+    `print(summary(model))` prints a table.
 
     Args:
         model: A static or a converted model.
         include: As for :func:`convert_to_fdconv`.
 
     Returns:
-        A report for each convolution and linear layer, of whatever dimension. In a converted model those that are
-        static stay static, also where the rules would replace them.
+        A report for each convolution and linear layer, of whatever dimension, in the model's order. In a converted
+        model those that are static stay static, also where the rules would replace them.
+
+    Raises:
+        ValueError: If `include` insists on what can't be replaced, or names what the model has not.
+        TypeError: If `model` is no module, or `include` neither function nor names.
     """
-    reports = [LayerReport(name, layer.static_shape, "") for name, layer in named_fd_layers(model)]
-    is_converted = bool(reports)
-    for candidate in choose(model, include):
-        report = candidate.report()
-        if is_converted and report.replaced:
-            report = replace(report, reason="left when the model was converted")
-        reports.append(report)
-    return reports
+    reports = {candidate.name: candidate.report() for candidate in choose(model, include)}
+    converted = {name: LayerReport(name, layer.static_shape, "") for name, layer in named_fd_layers(model)}
+    if converted:
+        left = "left when the model was converted"
+        reports = {name: replace(report, reason=report.reason or left) for name, report in reports.items()} | converted
+    return Summary(reports[name] for name, _ in model.named_modules(remove_duplicate=False) if name in reports)
 
 
 def layer_options(layer_class: type[nn.Module]) -> set[str]:
@@ -66,8 +71,9 @@ def convert_to_fdconv(
 
     Args:
         model: Any CNN or transformer of timm, torchvision or one's own.
-        include: `include(name, module)` is asked about each convolution and linear layer: False leaves it, True insists
-            on it where the rules would leave it, None takes the rules' choice.
+        include: Names of modules, such as "layer4", ["layer3", "layer4"] or "*.conv2": what lies in none of them is
+            left. Or a function: `include(name, module)` is asked about each convolution and linear layer: False leaves
+            it, True insists on it where the rules would leave it, None takes the rules' choice.
         allow: What is refused otherwise: "causal" for the MLPs of causal blocks, "sequence_first" for those of blocks
             with nn.MultiheadAttention(batch_first=False).
         **kwargs: Keyword arguments of FDConv2d and FDLinear; the latter has no `cutoffs`, `mask_grid` and `fbm`.
@@ -76,13 +82,15 @@ def convert_to_fdconv(
         The model.
 
     Raises:
-        ValueError: If a keyword belongs to neither layer, `include` insists on what can't be replaced, FDLinear would
-            mix what must not be mixed (see `allow`), or nothing was replaced.
+        ValueError: If a keyword belongs to neither layer, `include` insists on what can't be replaced or names what the
+            model has not, FDLinear would mix what must not be mixed (see `allow`), or nothing was replaced.
+        TypeError: If `model` is no module, `include` neither function nor names, or an option no number where one is
+            wanted.
     """
     known = layer_options(FDConv2d)
     if set(kwargs) - known:
         raise ValueError(
-            f"FDConv2d and FDLinear have no keyword argument {', '.join(sorted(set(kwargs) - known))} to choose here, "
+            f"FDConv2d and FDLinear have no keyword argument {describe_names(set(kwargs) - known)} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
     if set(allow) - set(REASONS):
@@ -102,10 +110,10 @@ def convert_to_fdconv(
         except ValueError as error:
             raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:
-        raise ValueError(
-            f"nothing to replace in {type(model).__name__}: "
-            + ("; ".join(f"{c.name}: {c.reason}" for c in candidates) or "it has no convolution or linear layer")
-        )
+        reasons = "; ".join(f"{c.name}: {c.reason}" for c in candidates) or "it has no convolution or linear layer"
+        if converted := sum(1 for _ in named_fd_layers(model)):
+            reasons = f"already converted, {converted} of its layers are FDConv; print(summary(model)) lists the rest"
+        raise ValueError(f"nothing to replace in {type(model).__name__}: {reasons}")
     hand_over(model, replaced)
     if model in replaced:
         return replaced[model]

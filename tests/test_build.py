@@ -81,3 +81,8 @@ def test_groups_are_sorted_once_for_each_size(monkeypatch):
     assert torch.equal(twins[0].fdw.gain_index, twins[1].fdw.gain_index)
     # Modules that share a buffer would list it once.
     assert twins[0].fdw.gain_index.data_ptr() != twins[1].fdw.gain_index.data_ptr()
+
+
+def test_the_official_name_of_the_bands_is_told():
+    with pytest.raises(TypeError, match=r"no keyword argument kernel_num \(the official name of num_bands\); "):
+        timm.create_model("resnet18_fdconv", kernel_num=8)

@@ -291,6 +291,43 @@ def test_a_summary_of_a_converted_model_says_what_was_replaced():
     assert reasons(model)["layer1.0.conv1"] == "left when the model was converted"
 
 
+@pytest.mark.parametrize(
+    ("include", "names"),
+    [
+        ("mlp", ["mlp.0", "mlp.2"]),
+        (["conv2", "mlp"], ["conv2", "mlp.0", "mlp.2"]),
+        (("conv?", "fc"), ["conv2", "conv3"]),
+        ("*.0", ["mlp.0"]),
+    ],
+)
+def test_include_takes_names(include, names):
+    model = Net()
+    assert replaced_by(model, include) == names
+    convert_to_fdconv(model, include, num_bands=4)
+    assert [name for name, _ in named_fd_layers(model)] == names
+    assert replaced_by(model, include) == names
+
+
+def replaced_by(model, include):
+    return [report.name for report in summary(model, include) if report.replaced]
+
+
+def test_a_name_that_begins_like_another_is_another():
+    model = nn.Sequential()
+    model.layer1, model.layer10 = nn.Sequential(nn.Conv2d(20, 20, 1)), nn.Sequential(nn.Conv2d(20, 20, 1))
+    assert replaced_by(model, "layer1") == ["layer1.0"]
+
+
+@pytest.mark.parametrize("call", [summary, convert_to_fdconv])
+def test_impossible_includes_are_named(call):
+    with pytest.raises(
+        ValueError, match=r"include names 'layer7', which is no module of Net; it has conv1, norm, conv2"
+    ):
+        call(Net(), include=["conv2", "layer7"])
+    with pytest.raises(TypeError, match=r"include=\[2\], but it must be a function, a name or names"):
+        call(Net(), include=[2])
+
+
 # --- other layers
 
 

@@ -189,6 +189,20 @@ def test_reports_read_as_lines():
     assert len(lines) == 6
 
 
+def test_a_summary_prints_as_a_table_in_the_models_order():
+    model = convert_to_fdconv(Net(), include="mlp")
+    assert str(summary(model)).splitlines() == [
+        "conv1  20x3x3x3   static: narrow: fewer than 17 channels",
+        "conv2  24x20x3x3  static: left when the model was converted",
+        "conv3  20x24x1x3  static: left when the model was converted",
+        "mlp.0  40x20      FDConv",
+        "mlp.2  20x40      FDConv",
+        "fc     5x20       static: narrow: fewer than 17 channels",
+        "FDConv: 2 of 6 layers",
+    ]
+    assert str(summary(nn.ReLU())) == "FDConv: 0 of 0 layers"
+
+
 def test_include_narrows_what_is_replaced():
     asked = []
 
@@ -210,8 +224,35 @@ def test_converting_again_changes_nothing_or_the_rest():
     convert_to_fdconv(model)
     assert model.conv2 is conv2
     assert [name for name, _ in named_fd_layers(model)] == REPLACED_IN_NET
-    with pytest.raises(ValueError, match="nothing to replace in Net"):
+    with pytest.raises(ValueError, match="nothing to replace in Net: already converted, 4 of its layers are FDConv"):
         convert_to_fdconv(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18_fdconv", "mobilenetv2_100_fdconv", "convnext_atto_fdconv", "swin_tiny_fdconv"]
+)
+def test_models_of_the_zoo_are_converted_already(name):
+    with pytest.raises(ValueError, match="already converted"), torch.device("meta"):
+        convert_to_fdconv(timm.create_model(name))
+
+
+def test_a_lone_layer_is_converted_already():
+    with pytest.raises(ValueError, match="nothing to replace in FDConv2d: already converted, 1 of"):
+        convert_to_fdconv(FDConv2d(20, 20, 3))
+
+
+@pytest.mark.parametrize("call", [summary, convert_to_fdconv])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet18", r"got 'resnet18'; timm.create_model\(\"resnet18\"\) makes one"),
+        (Net, "got <class .*Net'>$"),
+        ({}, "got dict"),
+    ],
+)
+def test_what_is_no_model_is_named(call, model, message):
+    with pytest.raises(TypeError, match=rf"a model \(nn.Module\) is wanted, {message}"):
+        call(model)
 
 
 def test_keywords_reach_the_layers():
@@ -246,6 +287,16 @@ def test_nothing_to_replace_is_an_error_that_says_why():
         convert_to_fdconv(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="conv2: not included"):
         convert_to_fdconv(Net(), include=lambda name, module: False)
+
+
+@pytest.mark.parametrize("names", [{}, {"include": "mlp"}])
+def test_official_and_mistyped_options_are_named(names):
+    with pytest.raises(
+        ValueError, match=r"no keyword argument kernel_num \(the official name of num_bands\) to choose"
+    ):
+        convert_to_fdconv(Net(), kernel_num=4, **names)
+    with pytest.raises(TypeError, match="num_bands='8', but it must be an integer"):
+        convert_to_fdconv(Net(), num_bands="8", **names)
 
 
 def test_a_failed_conversion_names_the_value():

@@ -21,6 +21,7 @@ from .fdw import FDW, GainMaps
 from .ksm import KSM
 from .ops import dynamic_conv2d, leaf, triton
 from .ops.types import Geometry, Inputs
+from .options import check_types, refuse_official_names
 from .padding import explicit_pads
 from .static_weight import HasStaticWeight
 
@@ -36,6 +37,11 @@ class _FDLayer(HasStaticWeight):
 
     fbm_class: ClassVar[type[FBM]] = FBM
     fused: bool = True  # of pickles from before it was there
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Python's own error would not tell our name of it.
+        refuse_official_names(cls.__name__, kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class _FDLayer(HasStaticWeight):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_types(num_bands, reduction, cutoffs, mask_grid)
         if min(in_channels, out_channels, *kernel_size) < 1 or reduction <= 0:
             raise ValueError(
                 f"{in_channels} to {out_channels} channels, kernel_size={kernel_size}, reduction={reduction}, but all "
@@ -275,6 +282,7 @@ class FDConv2d(_FDConvolution):
 
     Raises:
         ValueError: On groups other than 1, a `num_bands` or `cutoffs` out of range, or an input of the wrong shape.
+        TypeError: On an option that is no number where one is wanted, or the official code's `kernel_num`.
     """
 
     static_class = nn.Conv2d
@@ -381,6 +389,7 @@ class FDLinear(_FDLayer):
 
     Raises:
         ValueError: On a `num_bands` out of range, or an input of the wrong shape.
+        TypeError: As for :class:`FDConv2d`.
     """
 
     def __init__(

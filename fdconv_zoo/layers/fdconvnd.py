@@ -39,6 +39,7 @@ class FDConvNd(_FDConvolution):
 
     Raises:
         ValueError: On groups other than 1, a `num_bands` or `cutoffs` out of range, or an input of the wrong shape.
+        TypeError: As for :class:`FDConv2d`.
     """
 
     def __init__(

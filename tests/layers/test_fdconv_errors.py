@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from fdconv_zoo.layers import ksm
 
 
@@ -28,6 +28,30 @@ from fdconv_zoo.layers import ksm
 def test_impossible_layers_are_named(keywords, message):
     with pytest.raises(ValueError, match=message):
         FDConv2d(24, 32, 3, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"num_bands": "8"}, "num_bands='8', but it must be an integer"),
+        ({"num_bands": 8.0}, "num_bands=8.0, but it must be an integer"),
+        ({"reduction": "1/16"}, "reduction='1/16', but it must be a number"),
+        ({"cutoffs": 0.25}, "cutoffs=0.25, but it must be a sequence of numbers"),
+        ({"cutoffs": "0.25"}, "cutoffs='0.25', but it must be a sequence of numbers"),
+        ({"mask_grid": "64"}, "mask_grid='64', but it must be None or an integer"),
+    ],
+)
+def test_options_of_another_type_are_named(keywords, message):
+    with pytest.raises(TypeError, match=message):
+        FDConv2d(24, 32, 3, **keywords)
+
+
+@pytest.mark.parametrize("layer", [FDConv1d, FDConv2d, FDConv3d, FDLinear])
+def test_the_official_name_of_the_bands_is_told(layer):
+    with pytest.raises(TypeError, match=rf"{layer.__name__} .*kernel_num \(the official name of num_bands\)"):
+        layer(24, 32, 3, kernel_num=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bands'"):
+        layer(24, 32, 3, bands=8)
 
 
 @pytest.mark.parametrize("num_bands", [-1, 10**12])
