@@ -18,6 +18,7 @@ from torch import nn
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.integrity import check_safetensors
+from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE, SUMMARY_FILE
 
 WEIGHT_FILES = tuple(f"{name}{suffix}" for name in ("model_best", "last") for suffix in (".safetensors", ".pth.tar"))
 
@@ -71,9 +72,9 @@ def read_run(folder: Path, file: str | None) -> Release:
     Raises:
         ValueError: The directory or the weights are not what they should be.
     """
-    arguments = folder / "args.yaml"
+    arguments = folder / ARGS_FILE
     if not arguments.exists():
-        raise ValueError(f"{folder} is no directory of scripts/train.py: it has no args.yaml")
+        raise ValueError(f"{folder} is no directory of scripts/train.py: it has no {ARGS_FILE}")
     options = yaml.safe_load(arguments.read_text(encoding="utf-8"))
     names = [name for name in ((file,) if file else WEIGHT_FILES) if (folder / name).exists()]
     if not names:
@@ -81,7 +82,7 @@ def read_run(folder: Path, file: str | None) -> Release:
     path = folder / names[0]
     arguments = {"num_classes": options.get("num_classes"), "in_chans": options.get("in_chans")}
     release = read_weights(path, options["model"], **arguments, **(options.get("model_kwargs") or {}))
-    results = read_results(folder / "summary.csv", path)
+    results = read_results(folder / SUMMARY_FILE, path)
     if release.model.num_classes <= 5:
         results.pop("top5", None)  # always right
     dataset = (options.get("dataset") or "").partition("/")[2]
@@ -105,7 +106,7 @@ def read_run(folder: Path, file: str | None) -> Release:
 
 def read_start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Where the run's first weights came from: start.json tells, or of runs without one their options."""
-    path = folder / "start.json"
+    path = folder / START_FILE
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     if options.get("initial_checkpoint"):
@@ -115,7 +116,7 @@ def read_start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def read_label_names(folder: Path, num_classes: int) -> tuple[str, ...]:
     """Names of the outputs from the run's classes.txt; empty if it has none, or for other outputs."""
-    path = folder / "classes.txt"
+    path = folder / CLASSES_FILE
     names = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return tuple(names) if len(names) == num_classes else ()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
@@ -19,7 +20,6 @@ from torch import nn
 
 from common.checkpoint import STATE_FILE, CheckpointError, load_state
 from common.command_line import check_device, fail
-from common.image_folders import CLASSES_FILE
 from common.images import UnusableImagesError
 from common.loop import DivergedError
 from common.models import build_model, check_image_size, check_name
@@ -30,6 +30,7 @@ from common.signals import StoppedError, StopSignals
 from common.training_recipe import Recipe
 from common.weights import load_checkpoint, read_checkpoint
 from fdconv_zoo.checkpoint import strip_prefixes
+from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, ValidationLoader
 from training.datasets import check_classes, class_names, create_datasets
@@ -112,6 +113,24 @@ def describe_start(args: argparse.Namespace, model: nn.Module) -> dict[str, str]
     return {"from": "pretrained", "name": name} | ({"repo": repo} if repo else {})
 
 
+def find_start(folder: Path, model: nn.Module) -> dict[str, str]:
+    """The start of a run whose state is from before states told it.
+
+    Options that name no start leave it unknown: they may be those of a resume, which needs none.
+
+    Args:
+        folder: The run's directory.
+        model: Its model.
+    """
+    path = folder / ARGS_FILE
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    file, pretrained = options.get("initial_checkpoint"), options.get("pretrained")
+    if not file and not pretrained:
+        return {"from": "unknown"}
+    known = {"model": options["model"], "pretrained": pretrained, "initial_checkpoint": Path(file) if file else None}
+    return describe_start(argparse.Namespace(**known), model)
+
+
 def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_size: int, stop: StopSignals) -> Run:
     """Everything a run needs, resumed if asked for.
 
@@ -152,7 +171,9 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         augment=BatchAugmentation(args, model.num_classes, device),
         rank=rank,
         stop=stop,
-        start=describe_start(args, model) if state is None else state.get("start", {"from": "unknown"}),
+        start=describe_start(args, model)
+        if state is None
+        else state.get("start") or find_start(state_path.parent, model),
     )
     if state is not None:
         run.load(state)
@@ -160,8 +181,8 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
     if rank == 0:
         args.output.mkdir(parents=True, exist_ok=True)
-        save_args(args, args.output / "args.yaml")
-        write_json(args.output / "start.json", run.start)
+        save_args(args, args.output / ARGS_FILE)
+        write_json(args.output / START_FILE, run.start)
         if names := class_names(train_set, model.num_classes):
             (args.output / CLASSES_FILE).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         done, total = run.progress, args.steps or run.epochs * run.updates_per_epoch

@@ -36,6 +36,7 @@ try:
         read_progress,
     )
     from fdconv_zoo import PretrainedError
+    from fdconv_zoo.run_files import ARGS_FILE
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -76,7 +77,7 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 
 
 def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> None:
-    """Say what of the boxes is not used; read all masks, each process its part of them.
+    """Say a line of each split, with what is not used of it; read all masks, each process its part of them.
 
     Args:
         args: Arguments of train_dense.py.
@@ -87,10 +88,9 @@ def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Datase
         ValueError: A mask can't be used; names it.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if rank == 0:
+        print(train_set.describe(), val_set.describe(), sep="\n", file=sys.stderr)
     if args.head in DETECTION_HEADS:
-        for path, dataset in ((args.train_annotations, train_set), (args.val_annotations, val_set)):
-            if rank == 0 and (left_out := dataset.describe()):
-                print(f"{path}: left out {left_out}", file=sys.stderr)
         return
     if rank == 0:
         print(f"reading {len(train_set)} + {len(val_set)} masks", file=sys.stderr, flush=True)
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = create_trainer(args)
         if trainer.is_global_zero:
             args.output.mkdir(parents=True, exist_ok=True)
-            save_args(args, args.output / "args.yaml")
+            save_args(args, args.output / ARGS_FILE)
             count = sum(parameter.numel() for parameter in module.model.parameters())
             print(
                 f"{args.head} on {args.backbone}, {count / 1e6:.2f}M parameters; {len(train_set)} images for training, "

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from common.command_line import fail
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
+from common.images import load_image
 from common.models import build_model, expand_names
 from common.record import versions
 from common.weights import load_checkpoint, read_checkpoint
@@ -73,16 +73,16 @@ def read_photos(paths: Sequence[Path], model: nn.Module, img_size: int | None) -
 
     Raises:
         ValueError: A file is no image.
+        UnusableImagesError: Its pixels have no known range.
     """
     config = resolve_data_config({"img_size": img_size}, model=model)
     transform = create_transform(**config)
     inputs = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                inputs.append(transform(image.convert("RGB")))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read photo {path}: {error}") from error
+            inputs.append(transform(load_image(str(path), "RGB")))
+        except OSError as error:
+            raise ValueError(f"cannot read photo {error}") from error
     batch = torch.stack(inputs)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     return batch, (batch * std + mean).clamp(0, 1)

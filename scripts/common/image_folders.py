@@ -8,11 +8,10 @@ from typing import BinaryIO
 
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 ENDINGS = frozenset(IMG_EXTENSIONS)
-# In a run's directory: the name of each output a line, as --class-map reads it.
-CLASSES_FILE = "classes.txt"
 # Names of one split, as timm takes them for the same.
 SYNONYMS = (
     ("train", "training"),
@@ -54,6 +53,23 @@ def find_split_or_root(root: Path, split: str | None) -> Path:
     return root
 
 
+def describe_ignored(ignored: Counter[str]) -> str:
+    """What a line says of files that are not read, counted by ending."""
+    return "".join(f", {count} {ending} ignored" for ending, count in ignored.most_common(6))
+
+
+def describe_named(split: str, dataset: Dataset, labels: Mapping[str, int]) -> str:
+    """A line on a split of a data set that is no folder: images and classes, where it tells them.
+
+    Args:
+        split: Its name.
+        dataset: A stream may not tell its length.
+        labels: Numbers of the classes by name; empty where they have no names.
+    """
+    images = "a stream of images" if isinstance(dataset, IterableDataset) else f"{len(dataset)} images"
+    return f"{split}: {images}" + (f", {len(labels)} classes" if labels else "")
+
+
 class FolderReader(Reader):
     """Images of a folder with labels, for timm's data sets: timm's folder reader, which leaves nothing out in silence.
 
@@ -88,7 +104,7 @@ class FolderReader(Reader):
                     self.ignored[ending or "without an ending"] += 1
         if not found:
             raise ValueError(
-                f"Found 0 images in {root}{self._describe_ignored()}; images end in {', '.join(sorted(ENDINGS))}"
+                f"Found 0 images in {root}{describe_ignored(self.ignored)}; images end in {', '.join(sorted(ENDINGS))}"
             )
         if stray := [path for path, label in found if not label]:
             raise ValueError(
@@ -119,9 +135,6 @@ class FolderReader(Reader):
             return os.path.basename(path)
         return path if absolute else os.path.relpath(path, self.root)
 
-    def _describe_ignored(self) -> str:
-        return "".join(f", {count} {ending} ignored" for ending, count in self.ignored.most_common(6))
-
     def describe(self) -> str:
         """A line: images, classes, those without images, and the files that are not read, by ending."""
         classes = len(self.class_to_idx) - len(self.missing)
@@ -129,4 +142,4 @@ class FolderReader(Reader):
         if self.missing:
             shown = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
             line += f", none of {len(self.missing)} more ({shown})"
-        return line + self._describe_ignored()
+        return line + describe_ignored(self.ignored)

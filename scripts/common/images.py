@@ -47,15 +47,32 @@ def decode_image(file: BinaryIO, mode: str, name: Callable[[], str]) -> Image.Im
         image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         raise CorruptImageError(f"{name()}: {error}") from error
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-    if image.mode in ("F", "I") and not sixteen_bits:
+    check_range(image, name)
+    if _has_sixteen_bits(image):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
+
+
+def _has_sixteen_bits(image: Image.Image) -> bool:
+    # Pillow brings greys of PGM files to 16 bits, and hands them over as it does 32.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def check_range(image: Image.Image, name: Callable[[], str]) -> None:
+    """Refuse an image whose pixels have no known range; its header is enough.
+
+    Args:
+        image: As `Image.open` returns it.
+        name: Tells its name.
+
+    Raises:
+        UnusableImagesError: It has floats or 32-bit integers.
+    """
+    if image.mode in ("F", "I") and not _has_sixteen_bits(image):
         raise UnusableImagesError(
             f"{name()} has {'floating-point' if image.mode == 'F' else '32-bit integer'} pixels, whose black and white "
             "nobody knows: save it with 8 or 16 bits"
         )
-    if sixteen_bits:
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
 
 
 def load_image(path: str, mode: str) -> Image.Image:

@@ -15,6 +15,8 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 from torchvision.tv_tensors import Image as ImageTensor
 
+from common.images import load_image
+
 Target = dict[str, Tensor]
 KEYS = ("boxes", "labels", "iscrowd", "area")
 
@@ -53,7 +55,7 @@ class CocoObjects(CocoDetection):
         missing = [key for key in ("images", "annotations", "categories") if key not in self.coco.dataset]
         if missing:
             raise ValueError(f"{annotations} is no COCO file of boxes: it has no {', '.join(missing)}")
-        self.train = train
+        self.annotations, self.train = annotations, train
         self.categories = sorted(self.coco.cats)
         self.label_of = {category: label for label, category in enumerate(self.categories, 1)}
         unknown = {entry["category_id"] for entry in self.coco.anns.values()} - set(self.categories)
@@ -93,15 +95,16 @@ class CocoObjects(CocoDetection):
         return left_out
 
     def describe(self) -> str:
-        """What of the json is not used; empty if all is."""
-        return ", ".join(f"{count} {what}" for what, count in self.left_out.items() if count)
+        """A line: images, categories, and what of the json is not used."""
+        left_out = ", ".join(f"{count} {what}" for what, count in self.left_out.items() if count)
+        line = f"{self.annotations}: {len(self)} images, {len(self.categories)} categories"
+        return f"{line}, left out {left_out}" if left_out else line
 
     def _load_image(self, id: int) -> Image.Image:
         try:
-            return super()._load_image(id)
-        except (OSError, SyntaxError) as error:  # Pillow's for a PNG with broken parts
-            path = self.root / self.coco.imgs[id]["file_name"]
-            raise ValueError(f"can't read {path}: {error}") from error
+            return load_image(str(self.root / self.coco.imgs[id]["file_name"]), "RGB")
+        except OSError as error:
+            raise ValueError(f"can't read {error}") from error
 
     def _load_target(self, id: int) -> list[dict[str, Any]]:
         return [
@@ -144,6 +147,7 @@ def coco_boxes(images: Path, annotations: Path, with_masks: bool, train: bool) -
     Raises:
         ValueError: The json can't be used, an image is missing, or no image is left; later, where an image can't be
             decoded.
+        UnusableImagesError: Later, where an image's pixels have no known range.
     """
     transforms = v2.Compose(
         [

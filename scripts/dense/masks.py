@@ -1,5 +1,6 @@
 """Images with a class for each pixel, from a folder of images and one of PNG masks."""
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,16 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+from common.image_folders import ENDINGS, describe_ignored
+from common.images import check_range, load_image
 
 
-def pair_files(images: Path, masks: Path, image_suffix: str, mask_suffix: str) -> list[tuple[Path, Path]]:
+def pair_files(
+    images: Path, masks: Path, image_suffix: str, mask_suffix: str
+) -> tuple[list[tuple[Path, Path]], Counter[str]]:
     """Return the images, subfolders included, with the masks of the same names in the same subfolders.
+
+    And the files among them that are no images, by ending.
 
     Args:
         images: Folder of images.
@@ -29,9 +35,12 @@ def pair_files(images: Path, masks: Path, image_suffix: str, mask_suffix: str) -
     Raises:
         ValueError: There are no images, or one has no mask.
     """
-    found = [path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES and path.name.endswith(image_suffix)]
+    files = [path for path in images.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    ignored = Counter(path.suffix.lower() or "without an ending" for path in files if not _is_image(path))
+    found = [path for path in files if _is_image(path) and path.name.endswith(image_suffix)]
     if not found:
-        raise ValueError(f"no images in {images}{f' whose names end in {image_suffix}' if image_suffix else ''}")
+        whose = f" whose names end in {image_suffix}" if image_suffix else f"{describe_ignored(ignored)}"
+        raise ValueError(f"no images in {images}{whose}; images end in {', '.join(sorted(ENDINGS))}")
     pairs = []
     for path in sorted(found):
         name = path.name.removesuffix(image_suffix or path.suffix) + mask_suffix
@@ -40,7 +49,11 @@ def pair_files(images: Path, masks: Path, image_suffix: str, mask_suffix: str) -
     if alone:
         image, mask = alone[0]
         raise ValueError(f"{len(alone)} of {len(pairs)} images in {images} have no mask: {mask} of {image} is missing")
-    return pairs
+    return pairs, ignored
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in ENDINGS
 
 
 def check_sizes(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
@@ -96,7 +109,8 @@ class MaskFolders(Dataset):
         crop_size: tuple[int, int] | None,
         scale: tuple[float, float],
     ) -> None:
-        self.pairs = pair_files(images, masks, image_suffix, mask_suffix)
+        self.images = images
+        self.pairs, self.ignored = pair_files(images, masks, image_suffix, mask_suffix)
         self.mask_values = torch.tensor(mask_values, dtype=torch.int64)
         self.num_classes, self.ignore_index, self.reduce_zero_label = num_classes, ignore_index, reduce_zero_label
         self.crop_size = crop_size
@@ -119,6 +133,10 @@ class MaskFolders(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def describe(self) -> str:
+        """A line: images, and the files among them that are not read, by ending."""
+        return f"{self.images}: {len(self)} images{describe_ignored(self.ignored)}"
+
     def check(self, part: slice, workers: int) -> None:
         """Read masks, and the sizes of their images, before a training breaks off at one.
 
@@ -137,6 +155,7 @@ class MaskFolders(Dataset):
         try:
             mask = self._read_mask(mask_path)
             with Image.open(image_path) as image:
+                check_range(image, lambda: str(image_path))
                 size = (image.height, image.width)
         except (OSError, SyntaxError) as error:
             raise ValueError(f"can't read {image_path} with its mask: {error}") from error
@@ -144,9 +163,14 @@ class MaskFolders(Dataset):
             check_sizes(mask_path, mask, size)
 
     def _read_mask(self, path: Path) -> Tensor:
-        mask = torch.from_numpy(np.array(Image.open(path))).long()
+        mask = torch.from_numpy(np.array(Image.open(path)))
+        if mask.is_floating_point():
+            raise ValueError(f"{path} has floating-point values: a mask has integers, the index of each pixel's class")
+        mask = mask.long()
         if mask.dim() != 2:
             raise ValueError(f"{path} has {tuple(mask.shape)} values: a mask has one a pixel, the index of its class")
+        if ((mask < 0) & (mask != self.ignore_index)).any():
+            raise ValueError(f"{path} has the negative class {int(mask.min())}")
         if len(self.mask_values):
             classes = torch.full((int(max(mask.max(), self.mask_values.max())) + 1,), self.ignore_index)
             classes[self.mask_values] = torch.arange(len(self.mask_values))
@@ -165,11 +189,12 @@ class MaskFolders(Dataset):
 
         Raises:
             ValueError: A file can't be read, or a mask has other classes; names the file.
+            UnusableImagesError: The image's pixels have no known range.
         """
         image_path, mask_path = self.pairs[index]
         try:
-            image, mask = decode_image(str(image_path), ImageReadMode.RGB), self._read_mask(mask_path)
-        except (RuntimeError, OSError) as error:
+            image, mask = pil_to_tensor(load_image(str(image_path), "RGB")), self._read_mask(mask_path)
+        except (OSError, SyntaxError) as error:
             raise ValueError(f"can't read {image_path} with its mask: {error}") from error
         if self.crop_size is None:
             return self.transform(ImageTensor(self.resize(image))).as_subclass(Tensor), mask

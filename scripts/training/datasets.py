@@ -13,7 +13,7 @@ from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData, ImageFolder
 
-from common.image_folders import FolderReader, find_split
+from common.image_folders import FolderReader, describe_named, find_split
 from common.images import ImageSet, load_image
 
 IMAGENET_IMAGES = 1_281_167
@@ -105,6 +105,8 @@ def _open_named(args: argparse.Namespace, mode: str) -> list[Dataset]:
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"can't open data set {args.dataset!r} in {args.data_dir}: {error}") from error
     _number_alike(train, val)
+    for split, dataset in ((args.train_split, train), (args.val_split, val)):
+        _logger.info(describe_named(split, dataset, class_numbers(dataset)))
     return [ImageSet(each.reader, mode) if isinstance(each, ImageDataset) else each for each in (train, val)]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from timm.utils.summary import trim_summary, update_summary
 
+from fdconv_zoo.run_files import SUMMARY_FILE
+
 _logger = logging.getLogger("train")
 
 
@@ -27,7 +29,7 @@ class RunLog:
     def __init__(self, output: Path, total_updates: int, epoch: int, update: int, tensorboard: bool) -> None:
         self.output = output
         self.total_updates = total_updates
-        self.summary = output / "summary.csv"
+        self.summary = output / SUMMARY_FILE
         trim_summary(self.summary, epoch)
         self.writer = None
         if tensorboard:

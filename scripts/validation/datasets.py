@@ -18,8 +18,9 @@ from timm.data.readers.class_map import load_class_map
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.image_folders import CLASSES_FILE, ENDINGS, FolderReader, find_split_or_root
+from common.image_folders import ENDINGS, FolderReader, describe_named, find_split_or_root
 from common.images import ImageSet, load_image
+from fdconv_zoo.run_files import CLASSES_FILE
 
 
 def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Dataset:
@@ -58,8 +59,12 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Data
             "give --num-classes with a checkpoint, or --class-map"
         )
     if tell:
-        if isinstance(reader, FolderReader) and dataset.reader.ignored:
-            print(dataset.reader.describe(), file=sys.stderr)
+        print(
+            dataset.reader.describe()
+            if isinstance(reader, FolderReader)
+            else describe_named(args.split or "validation", dataset, labels),
+            file=sys.stderr,
+        )
         if numbers is None and labels and len(labels) < model.num_classes:
             print(
                 f"warning: the model has {model.num_classes} outputs, the data {len(labels)} classes, taken for the "

@@ -25,6 +25,15 @@ def test_sixteen_bits_become_eight_over_the_whole_range(tmp_path, ending, value,
     assert image.getextrema() == ((expected, expected),) * 3
 
 
+@pytest.mark.parametrize(
+    ("header", "pixel", "expected"),
+    [("P5 2 1 65535 ", b"\x64\x64", 100), ("P5 2 1 4095 ", b"\x0f\xff", 255), ("P2 2 1 65535 ", b"25700 ", 100)],
+)
+def test_sixteen_bits_of_pgm_files(tmp_path, header, pixel, expected):
+    (tmp_path / "image.pgm").write_bytes(header.encode() + 2 * pixel)
+    assert load_image(str(tmp_path / "image.pgm"), "L").getextrema() == (expected, expected)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_pixels_of_unknown_range_are_refused_by_name(tmp_path, kind):
     Image.fromarray(np.full((8, 8), 1, kind)).save(tmp_path / "image.tif")

@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from dense_data import write_data
+from image_files import write_sixteen_bits
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from common.images import UnusableImagesError
 from dense.coco import coco_boxes, collate
 
 
@@ -68,10 +72,30 @@ def test_what_is_left_out_is_counted(data, odd):
     odd.write_text(json.dumps(content))
     train, val = (coco_boxes(data / "train", odd, with_masks=True, train=train) for train in (True, False))
     assert train.describe() == (
-        "1 crowds, 1 objects of images that are not listed, 1 objects without an area, 2 images without objects"
+        f"{odd}: 2 images, 2 categories, left out 1 crowds, 1 objects of images that are not listed, "
+        "1 objects without an area, 2 images without objects"
     )
-    assert val.describe() == "1 objects of images that are not listed, 1 objects without an area"
-    assert coco_boxes(data / "train", data / "train.json", with_masks=True, train=True).describe() == ""
+    assert val.describe() == (
+        f"{odd}: 4 images, 2 categories, left out 1 objects of images that are not listed, 1 objects without an area"
+    )
+    whole = data / "train.json"
+    described = coco_boxes(data / "train", whole, with_masks=True, train=True).describe()
+    assert described == f"{whole}: 4 images, 2 categories"
+
+
+def test_sixteen_bits_become_eight_and_floats_are_refused(data, tmp_path):
+    for path in (data / "train").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_sixteen_bits(tmp_path / "0.png", 257 * 100)
+    Image.fromarray(np.ones((96, 96), np.float32)).save(tmp_path / "1.tiff")
+    (tmp_path / "1.tiff").rename(tmp_path / "1.png")
+    dataset = coco_boxes(tmp_path, data / "train.json", with_masks=False, train=False)
+    assert torch.allclose(dataset[0][0], torch.tensor(100 / 255))
+    with pytest.raises(UnusableImagesError, match=r"1\.png has floating-point pixels"):
+        dataset[1]
+    (tmp_path / "2.png").write_bytes((data / "train" / "2.png").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"can't read .*2\.png: "):
+        dataset[2]
 
 
 @pytest.mark.parametrize("segmentation", ["none", "empty"])

@@ -2,11 +2,15 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from dense_data import SMALL, masks, write_data
+from image_files import write_sixteen_bits
+from PIL import Image
 from torchvision.io import write_png
 
+from common.images import UnusableImagesError
 from dense.masks import MaskFolders
 from train_dense import main
 
@@ -17,16 +21,61 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("coco"), train=4, val=4)
 
 
-def test_mask_of_an_unknown_class_is_refused(data):
-    options = {
-        "ignore_index": 255, "mean": (0.5,) * 3, "std": (0.5,) * 3, "scale_size": 96, "crop_size": None,
-        "scale": (1.0, 1.0), "image_suffix": "", "mask_suffix": ".png", "mask_values": [],
+def open_folders(images, masks, **options):
+    defaults = {
+        "num_classes": 2, "reduce_zero_label": True, "ignore_index": 255, "mean": (0.5,) * 3, "std": (0.5,) * 3,
+        "scale_size": 96, "crop_size": None, "scale": (1.0, 1.0), "image_suffix": "", "mask_suffix": ".png",
+        "mask_values": [],
     }  # fmt: skip
+    return MaskFolders(images, masks, **{**defaults, **options})
+
+
+def test_mask_of_an_unknown_class_is_refused(data):
     folders = data / "val", data / "val_masks"
     with pytest.raises(ValueError, match=r"has classes \[2\], allowed are 0 to 1 and 255"):
-        MaskFolders(*folders, num_classes=2, reduce_zero_label=False, **options)[0]
-    mask = MaskFolders(*folders, num_classes=2, reduce_zero_label=True, **options)[0][1]
+        open_folders(*folders, reduce_zero_label=False)[0]
+    mask = open_folders(*folders)[0][1]
     assert mask.unique().tolist() == [0, 1, 255]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A folder of images and one of masks, still empty."""
+    folders = tmp_path / "images", tmp_path / "masks"
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_sixteen_bits_become_eight_and_other_files_are_counted(pair, ending):
+    images, masks = pair
+    write_sixteen_bits(images / f"a{ending}", 257 * 100)
+    Image.new("L", (32, 32), 1).save(masks / "a.png")
+    (images / "notes.txt").touch()
+    folders = open_folders(*pair, scale_size=32)
+    assert folders.describe() == f"{images}: 1 images, 1 .txt ignored"
+    assert torch.allclose(folders[0][0], torch.tensor((100 / 255 - 0.5) / 0.5))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "place", "message"),
+    [
+        (np.ones((32, 32), np.float32), "images", r"images/a\.tif has floating-point pixels"),
+        (np.ones((32, 32), np.float32), "masks", r"masks/a\.tif has floating-point values: a mask has integers"),
+        (np.full((32, 32), -1, np.int32), "masks", r"masks/a\.tif has the negative class -1"),
+    ],
+)
+@pytest.mark.parametrize("mask_values", [[], [3, 7]])
+def test_pixels_that_mean_nothing_are_refused_before_the_training(pair, pixels, place, message, mask_values):
+    for folder in pair:
+        Image.fromarray(np.full((32, 32), 1, np.uint8)).save(folder / "a.tif")
+    Image.fromarray(pixels).save(pair[0].parent / place / "a.tif")
+    folders = open_folders(*pair, mask_suffix=".tif", mask_values=mask_values)
+    with pytest.raises((ValueError, UnusableImagesError), match=message):
+        folders.check(slice(None), workers=1)
+    with pytest.raises((ValueError, UnusableImagesError), match=message):
+        folders[0]
 
 
 @pytest.mark.parametrize("fault", ["class", "size", "no mask"])

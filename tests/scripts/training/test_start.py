@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import yaml
 from image_files import write_images, write_sixteen_bits
 from safetensors.torch import load_file, save_file
 
@@ -54,6 +55,32 @@ def test_a_run_records_its_start_and_its_classes(data, tmp_path, offline):
     # resumed with other options and into another directory, it still tells the start
     start(data, tmp_path / "moved", "--resume", tmp_path / "tuned" / "last.state.pt")
     assert json.loads((tmp_path / "moved" / "start.json").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"initial_checkpoint": "/far/away/static.pth"}, {"from": "file", "name": "static.pth"}),
+        (
+            {"pretrained": True},
+            {"from": "pretrained", "name": "test_resnet.r160_in1k", "repo": "timm/test_resnet.r160_in1k"},
+        ),
+        ({}, {"from": "unknown"}),
+        (None, {"from": "unknown"}),
+    ],
+)
+def test_the_start_of_a_run_from_before_states_told_it(data, tmp_path, offline, options, expected):
+    start(data, tmp_path, "--steps", 1)
+    torch.save(
+        {k: v for k, v in load_state(tmp_path / "last.state.pt").items() if k != "start"}, tmp_path / "last.state.pt"
+    )
+    if options is None:
+        (tmp_path / "args.yaml").unlink()
+    else:
+        recorded = yaml.safe_load((tmp_path / "args.yaml").read_text())
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump({**recorded, **options}))
+    start(data, tmp_path, "--resume")
+    assert json.loads((tmp_path / "start.json").read_text()) == expected
 
 
 def test_pretrained_weights_out_of_reach_name_the_commands_own_option(data, tmp_path, offline):

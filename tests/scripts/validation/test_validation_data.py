@@ -49,7 +49,8 @@ def test_classes_without_images_do_not_shift_the_others(tmp_path, run, capsys):
     data = write_images(tmp_path / "data", "val/bee", "val/cow", count=3)
     row = measure(data, run)
     assert (row["top1"], row["images"]) == (50.0, 6)
-    assert "warning" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "warning" not in told and f"{data}/val: 6 images, 2 classes, none of 1 more (ant)\n" in told
     (run / "classes.txt").unlink()
     assert measure(data, run)["top1"] == 0  # cow is taken for the second output
     assert "3 outputs, the data 2 classes" in capsys.readouterr().err
