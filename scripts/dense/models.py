@@ -1,15 +1,18 @@
 """Detectors of torchvision, and networks of segmentation-models-pytorch and transformers, on any timm backbone."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
+import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from dense.deeplab import UndilatedDeepLabV3Plus
 from fdconv_zoo.dense import FeaturePyramid
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
@@ -74,22 +77,39 @@ def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module
 
         return create_mask2former(args, options)
     pretrained = options.pop("pretrained")
-    try:
-        model = smp.create_model(
-            args.head,
-            f"tu-{args.backbone}",
-            encoder_weights="imagenet" if pretrained else None,  # smp's word for timm's own weights
-            classes=args.num_classes,
-            **args.head_kwargs,
-            **options,
-        )
-    except TypeError as error:
-        if "output_stride" not in str(error):
-            raise
-        raise ValueError(
-            f"{args.head} dilates its backbone, which {args.backbone} can't be: --head upernet or unet takes it"
-        ) from error
+    options |= {
+        "encoder_name": f"tu-{args.backbone}",
+        "encoder_weights": "imagenet" if pretrained else None,  # smp's word for timm's own weights
+        "classes": args.num_classes,
+        **args.head_kwargs,
+    }
+    if args.head == "deeplabv3plus" and not takes_output_stride(args.backbone, args.backbone_kwargs):
+        fixed = {"encoder_output_stride", "encoder_depth"} & args.head_kwargs.keys()
+        if fixed:
+            raise ValueError(
+                f"{args.backbone} can't be dilated, so that its strides are 4 to 32: no {', '.join(sorted(fixed))}"
+            )
+        model = UndilatedDeepLabV3Plus(**options)
+    else:
+        model = smp.create_model(args.head, **options)
     return model, model.encoder
+
+
+def takes_output_stride(backbone: str, options: Mapping[str, Any]) -> bool:
+    """Whether a timm model can be dilated to a last map of stride 16, as DeepLabV3+ wants it; Swin can't.
+
+    Args:
+        backbone: Its name.
+        options: Its keyword arguments.
+    """
+    try:
+        with torch.device("meta"):
+            timm.create_model(backbone, features_only=True, output_stride=16, **options)
+    except (TypeError, AssertionError) as error:  # asserted without a word
+        if str(error) and "output_stride" not in str(error):
+            raise
+        return False
+    return True
 
 
 def predict_classes(model: nn.Module, image: Tensor, size: tuple[int, int], divisor: int = 32) -> Tensor:

@@ -212,13 +212,6 @@ def test_missing_masks_are_one_line(data, tmp_path):
     assert f"4 of 4 images in {data / 'train'} have no mask: {empty / '0.png'} of" in message
 
 
-def test_a_head_that_cannot_take_the_backbone_is_one_line(data, tmp_path):
-    options = ["--head", "deeplabv3plus", *SMALL, *masks(data), "--backbone", "swin_tiny_patch4_window7_224"]
-    options += ["--backbone-kwargs", "img_size=64", "depths=[1,1,1,1]", "--output", str(tmp_path / "run")]
-    message = error_of(options)
-    assert "deeplabv3plus dilates its backbone, which swin_tiny_patch4_window7_224 can't be: --head upernet" in message
-
-
 def test_a_backbone_that_is_not_to_be_had_is_one_line(data, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
