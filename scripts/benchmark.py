@@ -21,6 +21,7 @@ from benchmarking.models import (
     expand_fdconv_names,
     layer_pair,
     model_pair,
+    parts_pair,
     small_net_pair,
 )
 from benchmarking.picture import draw
@@ -33,6 +34,14 @@ from fdconv_zoo.cost import count_macs, count_parameters
 TABLE_MODELS = ("resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv")
 TABLE_WORKLOADS = ((1, "eval"), (8, "eval"), (4, "train"))
 
+SMALL_WORKLOADS = ((1, "eval"), (8, "eval"))
+SMALL_PARTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("layer[1234]", {}),  # what resnet18_fdconv converts
+    ("layer[1234]", {"num_bands": 4}),
+    ("layer[123]", {}),
+    ("layer[12]", {}),
+)
+
 Workload = tuple[int, str]  # batch size, mode
 Plan = list[tuple[Callable[[], Pair], Sequence[Workload]]]
 
@@ -43,6 +52,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         ValueError: A model is unknown or has no static twin.
     """
+    if args.preset == "small-images":
+        return [
+            (partial(parts_pair, "resnet18", parts, args.img_size[0], args.seed, **options), SMALL_WORKLOADS)
+            for parts, options in SMALL_PARTS
+        ]
     if args.preset:
         build = partial(model_pair, img_size=args.img_size[0], seed=args.seed, model_kwargs=args.model_kwargs)
         plan: Plan = [(partial(build, name), TABLE_WORKLOADS) for name in TABLE_MODELS]
@@ -115,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
     }
     if args.traffic:
-        pairs = (build() for build, _ in plan if build.func is model_pair)
+        pairs = (build() for build, _ in plan if build.func in (model_pair, parts_pair))
         rows[:], table = traffic_table(pairs, args.batch_size[0], getattr(torch, args.traffic))
         write_json(args.results_file, result)
         print(f"{table}\n\nbatch {args.batch_size[0]}, {args.traffic}, eval: counted with fake tensors, not run")

@@ -17,6 +17,7 @@ than a time. Each figure is a median after a warm-up. Weights are random, gates 
 EXAMPLES = """examples:
   benchmark.py --model resnet18_fdconv --img-size 64             a first look, in a few seconds
   benchmark.py --preset table --compile                          the table of docs/performance.md
+  benchmark.py --preset small-images --threads 1                 64 pixels, and what static stages save there
   benchmark.py --model resnet50_fdconv --mode eval train --batch-size 2 4 8 --threads 1 2
   benchmark.py --model convnext_tiny_fdconv --img-size 112 224 448 --batch-size 1 2 4 --plot cost.png
   benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
@@ -47,13 +48,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", nargs="+", metavar="NAME", help="FDConv models, or quoted wildcards: 'resnet*_fdconv'")
     add(
         "--preset",
-        choices=("table",),
-        help="instead of --model, --batch-size and --mode: resnet50, convnext_tiny and swin_tiny in eval at batch 1 "
-        "and 8 and in training at batch 4, a 512-channel layer on 7x7 maps, a small net in training; printed as one "
-        "table",
+        choices=("table", "small-images"),
+        help="instead of --model, --batch-size and --mode. table: resnet50, convnext_tiny and swin_tiny in eval at "
+        "batch 1 and 8 and in training at batch 4, a 512-channel layer on 7x7 maps, a small net in training; printed "
+        "as one table. small-images: resnet18 at 64 pixels, all of its stages converted or the first three or two, in "
+        "eval at batch 1 and 8",
     )
     add("--batch-size", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
-    add("--img-size", nargs="+", type=_positive, default=[224], metavar="PIXELS", help="default: 224")
+    add("--img-size", nargs="+", type=_positive, metavar="PIXELS", help="default: 224, of small-images 64")
     add("--mode", nargs="+", choices=("eval", "train"), default=["eval"], help="default: eval")
     add(
         "--threads",
@@ -102,6 +104,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=_positive, default=10, metavar="N", help="rounds (default: %(default)s)")
     add("--warmup", type=_positive, default=2, metavar="N", help="calls before them (default: %(default)s)")
     add("--reference-repeats", type=_positive, default=1, metavar="N", help="default: %(default)s, after one warm-up")
+    add(
+        "--cpu-time",
+        action="store_true",
+        help="seconds of the processor instead of the clock's, of all threads together: for a busy machine",
+    )
     add("--seed", type=int, default=0, help="of weights, gates and images (default: %(default)s)")
 
     add = parser.add_argument_group("output").add_argument
@@ -118,7 +125,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="PNG: time against image size and batch, logarithmic; give two or more of --img-size or --batch-size",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.img_size = args.img_size or [64 if args.preset == "small-images" else 224]
+    return args
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -128,15 +137,17 @@ def check_args(args: argparse.Namespace) -> None:
         ValueError: Names the argument.
     """
     if bool(args.model) == bool(args.preset):
-        raise ValueError("say what to measure: --model NAME or --preset table, one of them")
+        raise ValueError("say what to measure: --model NAME or --preset table or small-images, one of them")
     if args.preset and len(args.img_size) > 1:
-        raise ValueError(f"--preset table takes one --img-size, got {', '.join(map(str, args.img_size))}")
+        raise ValueError(f"--preset {args.preset} takes one --img-size, got {', '.join(map(str, args.img_size))}")
     if args.traffic and (len(args.batch_size) > 1 or len(args.img_size) > 1 or args.mode != ["eval"] or args.plot):
         raise ValueError("--traffic counts one pass in eval: give one --batch-size, one --img-size and no --plot")
     if args.results_file.suffix != ".json":
         raise ValueError(f"--results-file must end in .json, got {args.results_file}")
     if args.reference and (args.device != "cpu" or args.amp):
         raise ValueError("--reference runs in full precision on the CPU: give --device cpu and no --amp")
+    if args.cpu_time and args.device != "cpu":
+        raise ValueError("--cpu-time counts the processor's seconds: give --device cpu")
     if args.plot:
         if args.plot.suffix != ".png":
             raise ValueError(f"--plot must end in .png, got {args.plot}")

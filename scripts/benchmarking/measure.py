@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -66,7 +67,8 @@ def measure(pair: Pair, batch_size: int, mode: str, threads: int, args: argparse
         passes["eager", "literal"] = make_pass(literal, images, target, mode, args)
         repeats["eager", "literal"], warmup["eager", "literal"] = args.reference_repeats, 0
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    times = time_in_alternation(passes, repeats, warmup, synchronize)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    times = time_in_alternation(passes, repeats, warmup, synchronize, clock)
 
     rows = []
     for engine in dict.fromkeys(engine for engine, _ in passes):

@@ -74,6 +74,23 @@ def model_pair(name: str, img_size: int, seed: int, model_kwargs: Mapping[str, A
     return Pair(name, twin, move_gates(models[0], seed), models[1], (3, img_size, img_size))
 
 
+def parts_pair(name: str, parts: str, img_size: int, seed: int, **options: Any) -> Pair:
+    """A static model of timm and the same with some parts converted.
+
+    Args:
+        name: Of the static model.
+        parts: What is converted, as `include` names it.
+        img_size: Side of the images in pixels.
+        seed: Of weights and gates.
+        **options: Of the FDConv layers.
+    """
+    torch.manual_seed(seed)
+    static = open_branches(timm.create_model(name))
+    fdconv = convert_to_fdconv(copy.deepcopy(static), include=parts, **options)
+    title = ", ".join([f"{name}, {parts} converted", *(f"{key}={value}" for key, value in options.items())])
+    return Pair(title, name, move_gates(fdconv, seed), static, (3, img_size, img_size))
+
+
 def layer_pair(seed: int) -> Pair:
     """One 3x3 layer of 512 to 512 channels on 7x7 maps: many weights for few pixels, the hardest case."""
     torch.manual_seed(seed)
@@ -92,9 +109,7 @@ def small_net_pair(seed: int) -> Pair:
     net = ResNet(BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), num_classes=10, in_chans=1)
     net.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
-    fdconv = convert_to_fdconv(
-        copy.deepcopy(net), include=lambda name, _: None if name.startswith("layer") else False, num_bands=16
-    )
+    fdconv = convert_to_fdconv(copy.deepcopy(net), include="layer*", num_bands=16)
     return Pair("small net, FDConv", "small net", move_gates(fdconv, seed), net, (1, 28, 28))
 
 

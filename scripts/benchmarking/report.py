@@ -92,7 +92,7 @@ def _preset_lines(rows: Sequence[Row], workloads: Sequence[tuple[int, str]]) -> 
 
 
 def preset_table(rows: Sequence[Row]) -> str:
-    """Return the table of `--preset table`: ratios to the static twin of the same engine, a table a set of workloads.
+    """Return the table of a preset: ratios to the static twin of the same engine, a table a set of workloads.
 
     A compiled model's ratio to the eager static twin follows in brackets.
     """

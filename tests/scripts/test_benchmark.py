@@ -4,14 +4,18 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from benchmark_pairs import tiny_pair
 
+from benchmarking import measure as measuring
 from benchmarking import timing
+from fdconv_zoo.convert import named_fd_layers
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 MODEL = "mobilenetv2_100_fdconv"
@@ -71,6 +75,16 @@ def test_picture_of_sizes_and_batches(benchmark, tmp_path, monkeypatch):
     plot = tmp_path / "new folder" / "cost.png"
     run(benchmark.main, tmp_path, "--img-size", "32", "64", "--batch-size", "1", "2", "--plot", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cpu_time_is_that_of_the_process(benchmark, tmp_path, monkeypatch):
+    clocks = []
+    original = measuring.time_in_alternation
+    monkeypatch.setattr(measuring, "time_in_alternation", lambda *args: clocks.append(args[-1]) or original(*args))
+    monkeypatch.setattr(benchmark, "model_pair", lambda *arguments: tiny_pair())
+    run(benchmark.main, tmp_path, "--batch-size", "1")
+    run(benchmark.main, tmp_path, "--batch-size", "1", "--cpu-time")
+    assert clocks == [time.perf_counter, time.process_time]
 
 
 def test_reference_is_timed_and_compared(benchmark, tmp_path, monkeypatch, capsys):
@@ -161,6 +175,19 @@ def test_preset_covers_the_issue(benchmark):
     assert names == ["resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv"]
 
 
+def test_preset_of_small_images(benchmark):
+    args = importlib.import_module("benchmarking.args").parse_args(["--preset", "small-images"])
+    plan = benchmark.make_plan(args)
+    assert {tuple(workloads) for _, workloads in plan} == {((1, "eval"), (8, "eval"))}
+    pairs = [build() for build, _ in plan]
+    assert {pair.input_size for pair in pairs} == {(3, 64, 64)}
+    converted = [dict(named_fd_layers(pair.fdconv)) for pair in pairs]
+    assert converted[0].keys() == dict(named_fd_layers(timm.create_model("resnet18_fdconv", device="meta"))).keys()
+    assert {layer.fdw.num_bands for layer in converted[1].values()} == {4}
+    assert [sorted({name.partition(".")[0] for name in layers})[-1] for layers in converted[2:]] == ["layer3", "layer2"]
+    assert len({pair.name for pair in pairs}) == 4 and "layer[123] converted" in pairs[2].name
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -174,8 +201,10 @@ def test_preset_covers_the_issue(benchmark):
         (["--model", MODEL, "--results-file", "cost.csv"], "must end in .json"),
         (["--model", MODEL, "--reference", "--amp"], "--reference runs in full precision"),
         (["--model", MODEL, "--device", "tpu"], "--device tpu"),
+        (["--model", MODEL, "--device", "meta", "--cpu-time"], "--cpu-time counts the processor's seconds"),
         (["--model", MODEL, "--model-kwargs", "bands=3"], "bands"),
         (["--model", MODEL, "--model-kwargs", "num_bands=0"], "num_bands=0"),
+        (["--preset", "small-images", "--img-size", "32", "64"], "small-images takes one --img-size, got 32, 64"),
         (["--preset", "table", "--img-size", "64", "224"], "takes one --img-size, got 64, 224"),
     ],
 )
