@@ -7,8 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from .checkpoint import describe_misfits
-from .convert import convert_static_state_dict, convert_to_fdconv, named_fd_layers
+from .checkpoint import describe_misfits, fits
+from .convert import convert_to_fdconv, move_static_weights, named_fd_layers
 from .layers.options import describe_names
 from .pretrained import resolve_pretrained
 
@@ -47,9 +47,12 @@ class FDConvModel(nn.Module):
         """
         if any(f"{name}.weight" in state_dict for name, _ in named_fd_layers(self)):
             try:
-                state_dict = convert_static_state_dict(state_dict, self)
-            except ValueError:  # it lists every key
-                raise RuntimeError(f"the state dict does not fit: {describe_misfits(state_dict, self)}") from None
+                state_dict = move_static_weights(state_dict, self)
+            except ValueError as error:
+                raise RuntimeError(f"the state dict does not fit: {error}") from None
+            own = self.state_dict()
+            if strict and not all(fits(key, own) for key in state_dict):
+                raise RuntimeError(f"the state dict does not fit: {describe_misfits(state_dict, self)}")
         return super().load_state_dict(state_dict, strict, assign)
 
     @staticmethod

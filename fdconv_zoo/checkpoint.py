@@ -6,13 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["describe_misfits", "strip_prefixes"]
+__all__ = ["describe_misfits", "fits", "strip_prefixes"]
 
 # Of DDP, torch.compile, Lightning modules, averaged models, and modules that hold a backbone under a usual name.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "ema_model.", "ema.", "net.", "network.", "backbone.", "encoder.")
 EXTRA = ("n_averaged",)  # the counter of torch's AveragedModel
 # Missing from checkpoints of before torch 0.4.1, and of before layers kept their options beside their weights.
-OPTIONAL = ("num_batches_tracked", "band_options.values")
+# And what says that BatchNorm was absorbed into a layer's filters, which loading sets and takes away.
+SCALE = "filter_scale"
+OPTIONAL = ("num_batches_tracked", "band_options.values", SCALE)
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -32,6 +34,16 @@ def strip_prefixes(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[s
     return state
 
 
+def fits(key: str, own: Mapping[str, Tensor]) -> bool:
+    """Whether a model takes a key: its own, or absorbed BatchNorm's for any FDConv layer.
+
+    Args:
+        key: Of a state dict.
+        own: The model's state dict.
+    """
+    return key in own or (key.endswith(SCALE) and f"{key.removesuffix(SCALE)}fdw.spectrum" in own)
+
+
 def describe_misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> str:
     """Say why weights do not load into a model, with the first key of a kind; empty if they do.
 
@@ -41,7 +53,7 @@ def describe_misfits(state_dict: Mapping[str, Tensor], model: nn.Module) -> str:
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state_dict and not key.endswith(OPTIONAL)]
-    unexpected = [key for key in state_dict if key not in own]
+    unexpected = [key for key in state_dict if not fits(key, own)]
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
@@ -66,6 +78,9 @@ def _guess_cause(
     classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     if classifier and not unexpected and all(text.startswith(classifier) for text in (*missing, *shapes)):
         return "The classifier only: the weights are of a model with other classes, or without a classifier"
+    if any(key.endswith(SCALE) for key in state_dict) != any(key.endswith(SCALE) for key in own):
+        where, other = ("these weights", "this model") if SCALE in "".join(state_dict) else ("this model", "these weights")
+        return f"BatchNorm was absorbed into the layers of {where} (fuse()), and not of {other}: load before that, or fuse both"
     parts = (".fdw.", ".ksm.")
     if any(part in key for key in unexpected for part in parts) and not any(
         part in key for key in own for part in parts

@@ -6,6 +6,7 @@ Replaced are the convolutions of a network's blocks and the linear layers of its
 them first and by names second. What a model is wrapped in changes nothing.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,8 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .structure import (
     MIN_CHANNELS,
-    find_channel_attention,
     find_mlps,
+    find_pooled,
     has_stages,
     network_names,
 )
@@ -43,6 +44,7 @@ SHORTCUTS = {"downsample", "shortcut", "proj"}
 CLASSIFIERS = {"head", "heads", "head_dist", "classifier", "fc", "AuxLogits", "aux_classifier"}
 MLPS = {"mlp", "ffn"}
 SQUEEZE_EXCITE = ("SqueezeExcit", "SEModule", "SEBlock", "EffectiveSE")
+LARGE = "a large kernel: the paper's are of 1x1 and 3x3"
 POSITIONS = ("PositionalEncoding", "PositionEmbedding", "PosConv")
 
 
@@ -112,6 +114,11 @@ def is_narrow(in_channels: int, out_channels: int) -> bool:
     return min(in_channels, out_channels) < MIN_CHANNELS
 
 
+def is_large(kernel_size: Sequence[int]) -> bool:
+    """Whether a kernel has more positions than those that the paper replaces, 3x3 (3x3x3 of volumes)."""
+    return math.prod(kernel_size) > 3 ** max(len(kernel_size), 2)
+
+
 def impossible_reason(layer: nn.Module) -> str:
     """Why a layer can't be an FDConv layer, or an empty string."""
     if isinstance(layer, LazyModuleMixin):
@@ -143,7 +150,7 @@ class Rules:
         self.model = model
         self.networks = sorted(set(network_names(model)), key=len, reverse=True)
         self.mlps, self.narrow_mlps = find_mlps(model)
-        self.channel_attention = find_channel_attention(model)
+        self.pooled = find_pooled(model)
 
     def _local(self, name: str) -> tuple[str, list[str]]:
         """Name of the network that a layer is in, and the parts of the layer's name in it."""
@@ -168,8 +175,10 @@ class Rules:
         parent = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
         if parent.startswith(SQUEEZE_EXCITE):
             return "squeeze and excitation"
-        if layer in self.channel_attention:
+        if layer in self.pooled.attention:
             return "attention over channels, of a pooled map"
+        if layer in self.pooled.classifiers:
+            return "classifier"
         if parent.startswith(POSITIONS):
             return "encoding of positions, the same for every image"
         if isinstance(layer, nn.Linear):
@@ -180,7 +189,7 @@ class Rules:
             return impossible
         if layer.kernel_size == layer.stride != (1,) * len(layer.stride):
             return "patch embedding or downsampling between stages"
-        return ""
+        return LARGE if is_large(layer.kernel_size) else ""
 
     def _linear_reason(self, layer: nn.Linear, parts: list[str]) -> str:
         if layer in self.narrow_mlps:

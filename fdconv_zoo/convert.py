@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import OPTIONAL, fits
 from .choice import COUNTERPARTS, Candidate, FDLayer, Include, LayerReport, Summary, choose, named_fd_layers
 from .handover import find_shared, hand_over
 from .layers import FDConv2d, to_spectrum
@@ -169,7 +170,8 @@ def _raise_on_unfit(unfit: list[str], what: str) -> None:
 def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Turns the state dict of a static model into one for its FDConv counterpart, which computes the same function.
 
-    Keys that are in the Fourier domain already stay as they are, so converting twice changes nothing.
+    Keys that are in the Fourier domain already stay as they are, so converting twice changes nothing. A layer's static
+    weight is all of it: BatchNorm that `model` has absorbed into the layer goes, when the state dict is loaded.
 
     Args:
         state_dict: Weights of the static model, or of the FDConv one.
@@ -179,8 +181,17 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
         A state dict for `model`.
 
     Raises:
-        ValueError: If keys fit nothing in the model, or a static weight has another shape; they are listed.
+        ValueError: If keys fit nothing in the model, a static weight has another shape, or a layer has both a static
+            and an FDConv weight; they are listed.
     """
+    own = model.state_dict()
+    out = move_static_weights(state_dict, model)
+    _raise_on_unfit([key for key in out if not fits(key, own)], "static")
+    return out
+
+
+def move_static_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """:func:`convert_static_state_dict` that leaves keys which fit nothing as they are."""
     own = model.state_dict()
     out = dict(state_dict)
     wrong_shapes = []
@@ -188,10 +199,12 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
         prefix = f"{name}." if name else ""
         weight = out.pop(f"{prefix}weight", None)
         if weight is not None:
-            # A pointwise convolution and a linear layer may take each other's weight.
-            shape, expected = tuple(weight.shape), layer.static_shape
-            if (*shape, *[1] * (5 - len(shape))) != (*expected, *[1] * (5 - len(expected))):
-                wrong_shapes.append(f"{prefix}weight {shape} instead of {expected}")
+            both = [key for key in (f"{prefix}fdw.spectrum", f"{prefix}filter_scale") if key in out]
+            if both:
+                raise ValueError(f"the state dict has {prefix}weight, which is static, beside {', '.join(both)}")
+            expected = layer.static_shape
+            if not layer.takes_shape(weight.shape):
+                wrong_shapes.append(f"{prefix}weight {tuple(weight.shape)} instead of {expected}")
                 continue
             matrix = weight_to_matrix(weight.reshape(*expected[:2], *layer.kernel_shape))
             out[f"{prefix}fdw.spectrum"] = to_spectrum(matrix)
@@ -201,7 +214,6 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
                     out.setdefault(key, own[key].clone())
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {'; '.join(wrong_shapes)}")
-    _raise_on_unfit([key for key in out if key not in own], "static")
     return out
 
 
@@ -287,7 +299,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         keys = [key for key in state if key.startswith(prefix)]
         converted = _convert_official_layer({key.removeprefix(prefix): state.pop(key) for key in keys}, layer)
         state.update({f"{prefix}{key}": value for key, value in converted.items()})
-        needed = [key for key in layer.state_dict() if not key.endswith(("num_batches_tracked", "band_options.values"))]
+        needed = [key for key in layer.state_dict() if not key.endswith(OPTIONAL)]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {'; '.join(wrong_shapes)}")

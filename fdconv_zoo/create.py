@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
-from .choice import is_narrow
+from .choice import is_large, is_narrow
 from .layers import FDConv2d
 
 
@@ -23,9 +24,9 @@ def create_conv2d(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> FDConv2d | nn.Conv2d:
-    """Makes FDConv2d, or nn.Conv2d where conversion would leave one: narrow, grouped or padded with other than zeros.
+    """Makes FDConv2d, or nn.Conv2d where conversion would leave one: narrow, grouped, large, padded with other than zeros.
 
-    Narrow is below 17 input or output channels, as in the paper's models.
+    Narrow is below 17 input or output channels, large above 9 positions of the kernel (3x3), as in the paper's models.
 
     Args:
         in_channels: As for nn.Conv2d, and so on up to `dtype`.
@@ -36,6 +37,7 @@ def create_conv2d(
     """
     factory = {"device": device, "dtype": dtype}
     geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-    if groups > 1 or padding_mode != "zeros" or is_narrow(in_channels, out_channels):
+    is_left = is_narrow(in_channels, out_channels) or is_large(to_2tuple(kernel_size))
+    if is_left or groups > 1 or padding_mode != "zeros":
         return nn.Conv2d(*geometry, padding_mode, **factory)
     return FDConv2d(*geometry, **kwargs, **factory)

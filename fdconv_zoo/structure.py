@@ -3,9 +3,11 @@
 Names are the authors'; what holds a layer, what it is beside and which channels it joins is the network.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,6 +18,9 @@ MIN_CHANNELS = 17
 ACTIVATION = re.compile(r"relu|gelu|glu|silu|swish|mish|elu|tanh|softplus|activation", re.IGNORECASE)
 ACTIVATION_ATTRIBUTE = re.compile(r"^(act|activation|nonlinearity|\w*_act|\w*act_fn|activation_fn)$")
 POOLING = re.compile(r"Adaptive(Avg|Max)?Pool|GlobalAvgPool|GlobalPool")
+GATE = re.compile(r"sigmoid|softmax", re.IGNORECASE)
+# In a forward's source: the mean over a map, or a gate.
+POOLS_OR_GATES = re.compile(r"\.mean\(|adaptive_\w+_pool|sigmoid\(|softmax\(", re.IGNORECASE)
 CONVOLUTION = nn.modules.conv._ConvNd
 LAYERS = (CONVOLUTION, nn.Linear, FDConv1d, FDConv2d, FDConv3d, FDLinear)
 
@@ -104,24 +109,79 @@ def find_mlps(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
     return mlps, narrow
 
 
-def find_channel_attention(model: nn.Module) -> set[nn.Module]:
-    """Layers on pooled 1x1 maps: squeeze and excitation and its kin, branches after a global pooling."""
-    found: set[nn.Module] = set()
-    for block in model.modules():
+class Pooled(NamedTuple):
+    """Layers that see a map pooled to one place, or make it for the pooling.
+
+    Attributes:
+        attention: Whose output weights a map: squeeze and excitation and its kin, branches that begin with the pooling.
+        classifiers: Whose output is the network's: convolutions after the last layers' pooling, or the last one before.
+    """
+
+    attention: set[nn.Module]
+    classifiers: set[nn.Module]
+
+
+def find_pooled(model: nn.Module) -> Pooled:
+    """Layers around global poolings, by what becomes of their output."""
+    found = Pooled(set(), set())
+    for name, block in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
         holders = [child for child in block.children() if _holds_layers(child)]
         for first, second in pairwise(holders):
-            pair = (first, second)
-            if all(_is_pointwise(layer) for layer in pair) and _width(first)[1] == _width(second)[0]:
-                if _width(first)[1] < _width(first)[0]:
-                    found.update(pair)
-        pooled = False
-        for name, child in block.named_children():
-            if isinstance(child, CONVOLUTION) and pooled:
-                found.add(child)
-            if isinstance(block, nn.Sequential) or name == "global_pool":
-                size = getattr(child, "output_size", 1)
-                pooled |= bool(POOLING.search(type(child).__name__)) and size in (1, (1,), (1, 1), (1, 1, 1), [1, 1])
+            if _squeezes(first, second) and (_pools_or_gates(block) or _pools_or_gates(parent)):
+                found.attention.update((first, second))
+        _sort_pooled(block, found)
     return found
+
+
+def _squeezes(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two pointwise layers go to fewer channels and back, or to several times as many (a branch for each)."""
+    if not (_is_pointwise(first) and _is_pointwise(second)):
+        return False
+    (width, hidden), (joint, out) = _width(first), _width(second)
+    return hidden < width and hidden == joint and out % width == 0
+
+
+def _pools_or_gates(block: nn.Module) -> bool:
+    """Whether a block itself pools a map to one place or has a gate, as a module or in its forward's source.
+
+    Networks in networks (two pointwise convolutions on a map) do neither.
+    """
+    if any(_pools_globally(child) or GATE.search(type(child).__name__) for child in block.children()):
+        return True
+    if type(block).__module__.startswith("torch."):
+        return False
+    try:
+        return bool(POOLS_OR_GATES.search(inspect.getsource(type(block).forward)))
+    except (OSError, TypeError):
+        return True
+
+
+def _pools_globally(module: nn.Module) -> bool:
+    size = getattr(module, "output_size", 1)
+    return bool(POOLING.search(type(module).__name__)) and size in (1, (1,), (1, 1), (1, 1, 1), [1, 1])
+
+
+def _sort_pooled(block: nn.Module, found: Pooled) -> None:
+    """Sorts the convolutions beside a global pooling in a sequence of modules, or after a network's."""
+    is_sequence = isinstance(block, nn.Sequential)
+    pooled = False
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
+    for name, child in block.named_children():
+        if pooled:
+            after.append(child)
+        elif _holds_layers(child):
+            before.append(child)
+        pooled |= (is_sequence or name == "global_pool") and _pools_globally(child)
+    if not pooled:
+        return
+    convolutions = [child for child in after if isinstance(child, CONVOLUTION)]
+    is_gate = bool(after) and bool(GATE.search(type(after[-1]).__name__))
+    (found.classifiers if before and not is_gate else found.attention).update(convolutions)
+    # A network without fully connected layers: its last convolution has a channel for each class.
+    if is_sequence and before and not any(map(_holds_layers, after)) and _is_pointwise(before[-1]):
+        found.classifiers.add(before[-1])
 
 
 def _is_pointwise(layer: nn.Module) -> bool:

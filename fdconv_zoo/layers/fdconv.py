@@ -19,7 +19,7 @@ from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .ksm import KSM
-from .ops import dynamic_conv2d, leaf, triton
+from .ops import dynamic_conv2d, is_channels_last, leaf, triton
 from .ops.types import Geometry, Inputs
 from .options import check_types, refuse_official_names
 from .padding import explicit_pads
@@ -130,7 +130,13 @@ class _FDLayer(HasStaticWeight):
     @torch.jit.ignore
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1."""
+        """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1.
+
+        Raises:
+            ValueError: On a weight of another shape, a bias for a layer without one, or none for one with.
+        """
+        if (bias is None) != (self.bias is None):
+            raise ValueError(f"bias={'None' if bias is None else 'a tensor'}, but the layer has bias={self.bias is not None}")
         self.fill_static(weight)
         if self.bias is not None:
             self.bias.copy_(bias)
@@ -351,7 +357,7 @@ class FDConv2d(_FDConvolution):
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        channels_last = is_channels_last(x)
         out = self._convolve(x, channels_last, by_kernels)
         return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 

@@ -6,19 +6,19 @@ static layer from it (fused BatchNorm, merged branches, torch's fast path of a t
 without a word. A :class:`StaticWeight` can tell the two apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .fourier import matrix_to_weight, weight_to_matrix
+from .fourier import from_spectrum, matrix_to_weight, weight_to_matrix
 
 # Answered from the tensor itself, without the transform that makes its numbers.
 _METADATA = {
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "element_size", "itemsize", "nbytes",
-    "layout", "dtype", "device", "get_device", "requires_grad", "is_leaf", "grad", "grad_fn", "names", "is_contiguous",
+    "layout", "dtype", "device", "get_device", "requires_grad", "grad_fn", "names", "is_contiguous",
     "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested",
     "__len__", "__hash__",
 }  # fmt: skip
@@ -38,6 +38,7 @@ class StaticWeight(Tensor):
     - Scaled filter by filter it may be assigned to `layer.weight`: the layer then scales its output so, which is how
       BatchNorm is absorbed exactly (torch.nn.utils.fuse_conv_bn_eval, ultralytics' fuse).
     - Filling it with numbers (torch.nn.init) fills the static weight, and its `requires_grad` is that of the spectrum.
+    - It is no leaf, so that no optimiser takes it, and `grad` is computed from the spectrum's, to look at.
     - Anything else that would take it for the layer's whole weight is refused.
 
     Args:
@@ -82,6 +83,10 @@ class StaticWeight(Tensor):
                 return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         weight = next(leaf for leaf in tensors if isinstance(leaf, cls))
+        if name == "is_leaf":
+            return False
+        if name == "grad" and not is_setter:
+            return None if weight.made is not None else weight.layer.static_gradient()
         if is_setter or name == "requires_grad_":
             return weight._set(name, args[1] if len(args) > 1 else True)
         others = [leaf for leaf in tensors if leaf is not weight]
@@ -185,6 +190,27 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+class StaticGradient(Tensor):
+    """The gradient with respect to a static weight, computed from the spectrum's: to look at, not to clip or to zero.
+
+    Raises:
+        RuntimeError: Where it is written to.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, is_setter = _name(func)
+        if is_setter or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            raise RuntimeError(
+                f"{name} on the gradient of a static weight, which is computed from layer.fdw.spectrum.grad: "
+                "write to that, as the optimiser of model.parameters() does"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class HasStaticWeight(nn.Module):
     """The static weight of an FDConv layer, and BatchNorm absorbed into its filters.
 
@@ -227,8 +253,31 @@ class HasStaticWeight(nn.Module):
 
     @torch.jit.ignore
     @torch.no_grad()
+    def static_gradient(self) -> StaticGradient | None:
+        """Gradient with respect to the static weight, in its shape, or None before the spectrum has one.
+
+        The spectrum is an isometry of the weight (Parseval), and so is the one gradient of the other.
+        """
+        if self.fdw.spectrum.grad is None:
+            return None
+        matrix = from_spectrum(self.fdw.spectrum.grad, self.fdw.columns)
+        gradient = matrix_to_weight(matrix, self.kernel_shape).view(self.static_shape)
+        if self.filter_scale is not None:
+            gradient = gradient / self.filter_scale.view(-1, *[1] * (gradient.dim() - 1))
+        return gradient.as_subclass(StaticGradient)
+
+    @torch.jit.ignore
+    def takes_shape(self, shape: Sequence[int]) -> bool:
+        """Whether a static weight may have this shape: a pointwise convolution takes a linear layer's, and in turn."""
+        expected = self.static_shape
+        return (*shape, *[1] * (5 - len(shape))) == (*expected, *[1] * (5 - len(expected)))
+
+    @torch.jit.ignore
+    @torch.no_grad()
     def fill_static(self, weight: Tensor) -> None:
         """Takes over a static weight, shaped as that of nn.Conv2d or nn.Linear; bias and gates stay."""
+        if not self.takes_shape(weight.shape):
+            raise ValueError(f"a static weight of shape {list(weight.shape)} instead of {list(self.static_shape)}")
         self.fdw.set_matrix(weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape)))
         self.filter_scale = None
 
