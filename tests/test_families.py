@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdconv_zoo import convert_to_fdconv, modulation_parameters
 from fdconv_zoo.convert import named_fd_layers
@@ -160,8 +160,8 @@ def tensor_of(output):
 
 
 @torch.no_grad()
-def roughen(model):
-    """Random norms, and numbers in place of zeros on the way: residual branches and heads that start at nothing."""
+def roughen(model, x):
+    """Random norms with statistics of `x`, and numbers in place of zeros on the way, at which residual branches start."""
     randomise_norms(model)
     for name, parameter in model.named_parameters():
         if parameter.abs().max() < 1e-3 and not name.endswith("bias"):
@@ -169,12 +169,19 @@ def roughen(model):
                 parameter.normal_(std=0.02)
             else:
                 parameter.uniform_(0.3, 0.9)
-    return model
+    # With others the activations of a deep network overflow, and attention picks single places.
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
 
 
 def check(name, model, x):
     start = time.monotonic()
-    model = roughen(model).eval()
+    roughen(model, x)
     with torch.no_grad():
         static = tensor_of(model(x))
         convert_to_fdconv(model, num_bands=8)

@@ -51,9 +51,10 @@ def is_for_onnx() -> bool:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether a map's memory format is channels last, which the output then has too; vmap lets nobody ask."""
-    if torch.jit.is_scripting() or not torch._C._are_functorch_transforms_active():
-        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return False
+    if not torch.jit.is_scripting():
+        if torch._C._are_functorch_transforms_active():
+            return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @torch.jit.ignore
