@@ -78,9 +78,10 @@ def _guess_cause(
     classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     if classifier and not unexpected and all(text.startswith(classifier) for text in (*missing, *shapes)):
         return "The classifier only: the weights are of a model with other classes, or without a classifier"
-    if any(key.endswith(SCALE) for key in state_dict) != any(key.endswith(SCALE) for key in own):
-        where, other = ("these weights", "this model") if SCALE in "".join(state_dict) else ("this model", "these weights")
-        return f"BatchNorm was absorbed into the layers of {where} (fuse()), and not of {other}: load before that, or fuse both"
+    absorbed = [any(key.endswith(SCALE) for key in keys) for keys in (state_dict, own)]
+    if absorbed[0] != absorbed[1]:
+        here, there = ("these weights", "this model") if absorbed[0] else ("this model", "these weights")
+        return f"BatchNorm was absorbed into layers of {here} (fuse()), not of {there}: fuse both, or load before it"
     parts = (".fdw.", ".ksm.")
     if any(part in key for key in unexpected for part in parts) and not any(
         part in key for key in own for part in parts

@@ -23,7 +23,7 @@ from .structure import (
     has_stages,
     network_names,
 )
-from .tokens import REASONS, find_unfit
+from .tokens import Problem, find_unfit
 
 FDLayer = FDConv1d | FDConv2d | FDConv3d | FDLinear
 # True insists on a layer, False leaves it, None is the rule's answer.
@@ -88,13 +88,13 @@ class Candidate(NamedTuple):
         name: Name in the model.
         layer: The layer.
         reason: Why it stays; empty if it is replaced.
-        problem: Key in `tokens.REASONS` if replacing it would be wrong.
+        problem: Why replacing it would be wrong.
     """
 
     name: str
     layer: nn.Module
     reason: str
-    problem: str | None = None
+    problem: Problem | None = None
 
     def report(self) -> LayerReport:
         weight = getattr(self.layer, "weight", None)
@@ -261,8 +261,8 @@ def choose(model: nn.Module, include: Include | None = None, allow: Collection[s
                 )
             reason = ""
         problem = None if reason else unfit.get(layer)
-        if problem and problem not in allow:
-            found.append(Candidate(name, layer, REASONS[problem], problem))
+        if problem and problem.keyword not in allow:
+            found.append(Candidate(name, layer, problem.reason, problem))
         else:
             found.append(Candidate(name, layer, reason))
     return found

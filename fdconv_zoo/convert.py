@@ -20,7 +20,7 @@ from .layers.fdw import GainMaps
 from .layers.fourier import column_scale, weight_to_matrix
 from .layers.options import describe_names
 from .reparameterize import keep_unfused
-from .tokens import REASONS
+from .tokens import PROBLEMS
 
 _logger = logging.getLogger(__name__)
 
@@ -94,8 +94,9 @@ def convert_to_fdconv(
             f"FDConv2d and FDLinear have no keyword argument {describe_names(set(kwargs) - known)} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
-    if set(allow) - set(REASONS):
-        raise ValueError(f"allow={tuple(allow)}, but it may name {', '.join(map(repr, sorted(REASONS)))}")
+    keywords = {problem.keyword for problem in PROBLEMS}
+    if set(allow) - keywords:
+        raise ValueError(f"allow={tuple(allow)}, but it may name {', '.join(map(repr, sorted(keywords)))}")
     candidates = choose(model, include, allow)
     _raise_on_unfit_blocks(candidates)
     shared = find_shared(model, [c.layer for c in candidates if not c.reason])
@@ -127,12 +128,13 @@ def convert_to_fdconv(
 
 
 def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
-    for problem, reason in REASONS.items():
+    for problem in PROBLEMS:
         names = [candidate.name for candidate in candidates if candidate.problem == problem]
         if names:
             raise ValueError(
-                f"{len(names)} layers ({', '.join(names[:3])}{', ...' if names[3:] else ''}) are {reason}. "
-                f"Convert another part of the model, leave these with include, or insist with allow=({problem!r},)"
+                f"{len(names)} layers ({', '.join(names[:3])}{', ...' if names[3:] else ''}) are {problem.reason}. "
+                "Convert another part of the model, leave these with include, or insist with "
+                f"allow=({problem.keyword!r},)"
             )
 
 

@@ -24,7 +24,7 @@ def create_conv2d(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> FDConv2d | nn.Conv2d:
-    """Makes FDConv2d, or nn.Conv2d where conversion would leave one: narrow, grouped, large, padded with other than zeros.
+    """Makes FDConv2d, or nn.Conv2d where conversion leaves one: narrow, grouped, large, padded with other than zeros.
 
     Narrow is below 17 input or output channels, large above 9 positions of the kernel (3x3), as in the paper's models.
 

@@ -136,7 +136,8 @@ class _FDLayer(HasStaticWeight):
             ValueError: On a weight of another shape, a bias for a layer without one, or none for one with.
         """
         if (bias is None) != (self.bias is None):
-            raise ValueError(f"bias={'None' if bias is None else 'a tensor'}, but the layer has bias={self.bias is not None}")
+            given = "None" if bias is None else "a tensor"
+            raise ValueError(f"a bias that is {given}, but the layer has bias={self.bias is not None}")
         self.fill_static(weight)
         if self.bias is not None:
             self.bias.copy_(bias)
