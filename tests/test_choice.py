@@ -191,6 +191,70 @@ def test_a_branch_after_global_pooling_stays():
     assert reasons(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(32, 32, 1))) == {"1": ""}
 
 
+def test_networks_in_networks_are_no_attention():
+    """Pointwise convolutions on a map, also to fewer channels and back; the last one is the classifier."""
+    nin = nn.Sequential(
+        nn.Conv2d(20, 40, 3), nn.ReLU(), nn.Conv2d(40, 32, 1), nn.ReLU(), nn.Conv2d(32, 40, 1), nn.ReLU(),
+        nn.Conv2d(40, 20, 1), nn.ReLU(), nn.Conv2d(20, 40, 1), nn.ReLU(),
+        nn.Conv2d(40, 30, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    for model, prefix in ((nin, ""), (nn.Sequential(nin), "0.")):
+        found = reasons(model)
+        assert found.pop(f"{prefix}10") == "classifier"
+        assert set(found.values()) == {""}
+    squeezenet = reasons(torchvision.models.squeezenet1_1())
+    assert squeezenet["features.6.squeeze"] == squeezenet["features.6.expand1x1"] == ""
+    assert squeezenet["classifier.1"] == "classifier"
+
+
+class Pools(nn.Module):
+    """Attention over channels in functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(80, 20, 1), nn.Conv2d(20, 80, 1)
+
+    def forward(self, x):
+        return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+class Bottleneck(Pools):
+    """The same layers on a map."""
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu())
+
+
+class BranchOfConvolutions(nn.Module):
+    """Pooling and gate around a block of its own (CBAM)."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.gate = nn.AdaptiveMaxPool2d(1), nn.Sigmoid()
+        self.fc = nn.Sequential(nn.Conv2d(80, 20, 1), nn.ReLU(), nn.Conv2d(20, 80, 1))
+
+
+@pytest.mark.parametrize("make", [Pools, BranchOfConvolutions])
+def test_what_weights_a_map_is_attention(make):
+    assert set(reasons(make()).values()) == {"attention over channels, of a pooled map"}
+    assert set(reasons(nn.Sequential(nn.Conv2d(80, 80, 3), make())).values()) == {
+        "",
+        "attention over channels, of a pooled map",
+    }
+
+
+def test_a_bottleneck_of_pointwise_convolutions_is_replaced():
+    assert replaced(Bottleneck()) == ["down", "up"]
+
+
+def test_convolutions_after_the_last_pooling_are_a_classifier():
+    model = nn.Sequential(nn.Conv2d(20, 40, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(40, 40, 1), nn.Conv2d(40, 30, 1))
+    assert list(reasons(model).values()) == ["", "classifier", "classifier"]
+    gate = nn.Sequential(nn.Conv2d(20, 40, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(40, 40, 1), nn.Sigmoid())
+    assert reasons(gate)["2"] == "attention over channels, of a pooled map"
+    assert reasons(on_meta("mobilenetv3_small_050"))["conv_head"] == "classifier"
+
+
 def test_an_encoding_of_positions_stays():
     for name in ("edgenext_xx_small", "xcit_nano_12_p8_224"):
         found = reasons(on_meta(name))

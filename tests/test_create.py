@@ -28,6 +28,20 @@ def test_the_rule_of_conversion(channels, options, kind):
     assert layer(x).shape == twin(x).shape
 
 
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [(1, FDConv2d), ((1, 9), FDConv2d), (3, FDConv2d), (4, nn.Conv2d), ((5, 5), nn.Conv2d)]
+)
+def test_large_kernels_stay_static(kernel, kind):
+    assert type(create_conv2d(32, 32, kernel)) is kind
+    (report,) = summary(nn.Sequential(nn.Conv2d(32, 32, kernel)))
+    assert report.reason == ("" if kind is FDConv2d else "a large kernel: the paper's are of 1x1 and 3x3")
+
+
+def test_large_kernels_of_other_dimensions():
+    layers = [nn.Conv1d(32, 32, 9), nn.Conv1d(32, 32, 10), nn.Conv3d(32, 32, 3), nn.Conv3d(32, 32, (3, 3, 4))]
+    assert [report.replaced for report in summary(nn.Sequential(*layers))] == [True, False, True, False]
+
+
 def test_device_and_dtype():
     for channels in (8, 32):
         layer = create_conv2d(channels, 32, 1, device="meta", dtype=torch.bfloat16)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-import fdconv_zoo  # noqa: F401, registers the models
+import fdconv_zoo
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 
 SMALL = {"layers": (1, 1, 1, 1), "channels": (20, 24, 32, 40), "num_classes": 5}
@@ -50,6 +50,43 @@ def test_create_model_takes_a_static_checkpoint(static, tmp_path):
     with pytest.raises(RuntimeError, match="does not fit") as caught:
         timm.create_model("resnet18_fdconv", checkpoint_path=str(path), **SMALL)
     assert len(str(caught.value)) < 400
+
+
+def test_not_strict_is_as_torchs(static):
+    """Odd keys are told, and sizes that differ are errors, as of any module."""
+    model = timm.create_model("resnet18_fdconv", **SMALL).eval()
+    state = {**static.state_dict(), "odd": torch.zeros(1), "layer1.0.conv1.odd": torch.zeros(1)}
+    del state["fc.bias"]
+    found = model.load_state_dict(state, strict=False)
+    assert found.unexpected_keys == ["odd", "layer1.0.conv1.odd"]
+    assert found.missing_keys == ["fc.bias"]
+    model.fc.bias.data.copy_(static.fc.bias)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), static(images), rtol=1e-4, atol=1e-5)
+    for strict in (False, True):
+        with pytest.raises(RuntimeError, match=r"does not fit: 1 static .*layer1.0.conv1.weight .* instead of"):
+            model.load_state_dict({**static.state_dict(), "layer1.0.conv1.weight": torch.zeros(1)}, strict=strict)
+
+
+def test_absorbed_norms_are_named(static):
+    """Whether the weights or the model were fused, and converted as static ones or not."""
+    plain, fused = (timm.create_model("resnet18_fdconv", **SMALL).eval() for _ in range(2))
+    block = fused.layer1[0]
+    block.conv1.absorb_batch_norm(block.bn1)
+    block.bn1 = torch.nn.Identity()
+    assert "absorbed into layers of these weights (fuse()), not of this model" in describe_misfits(
+        fused.state_dict(), plain
+    )
+    assert "absorbed into layers of this model (fuse()), not of these weights" in describe_misfits(
+        plain.state_dict(), fused
+    )
+    assert describe_misfits(fused.state_dict(), fused) == ""
+    for state, model, odd in ((fused.state_dict(), plain, "conv1.bias"), (static.state_dict(), fused, "bn1.weight")):
+        with pytest.raises(ValueError, match=rf"fit nothing in the model: .*layer1.0.{odd}"):
+            fdconv_zoo.convert_static_state_dict(state, model)
+        with pytest.raises(RuntimeError, match=rf"layer1.0.{odd}"):
+            model.load_state_dict(state)
 
 
 def test_its_own_state_dict_is_loaded_as_it_is(static):

@@ -113,6 +113,117 @@ def test_decoder_layers_are_refused():
         convert_to_fdconv(nn.TransformerDecoderLayer(32, 4, 48, batch_first=True))
 
 
+def decoder_layer():
+    return nn.TransformerDecoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
+
+
+class Detector(nn.Module):
+    """Queries that see each other, as of DETR."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Embedding(5, 32)
+        self.decoder = nn.TransformerDecoder(decoder_layer(), 2)
+
+    def forward(self, memory, padding_mask=None):
+        query = self.query.weight.unsqueeze(0).expand(len(memory), -1, -1)
+        return self.decoder(query, memory, memory_key_padding_mask=padding_mask)
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(decoder_layer() for _ in range(2))
+
+    def forward(self, x, memory):
+        for layer in self.layers:
+            x = layer(x, memory)
+        return x
+
+
+class WithMask(Loop):
+    def forward(self, x, memory, tgt_mask=None):
+        for layer in self.layers:
+            x = layer(x, memory, tgt_mask=tgt_mask)
+        return x
+
+
+class WithThirdArgument(Loop):
+    def forward(self, x, memory, allowed):
+        for layer in self.layers:
+            x = layer(x, memory, allowed)
+        return x
+
+
+class WithWhatever(Detector):
+    def forward(self, x, memory, **kwargs):
+        return self.decoder(x, memory, **kwargs)
+
+
+class OwnDefaults(nn.TransformerDecoder):
+    """torch's forward, whose caller hands over the masks."""
+
+    def __init__(self):
+        super().__init__(decoder_layer(), 2)
+
+
+@pytest.mark.parametrize("make", [Detector, lambda: nn.Sequential(Detector()), Loop])
+def test_decoders_that_no_mask_reaches_are_not_refused(make):
+    model = make().eval()
+    memory = torch.randn(2, 6, 32)
+    inputs = (torch.randn(2, 5, 32), memory) if make is Loop else (memory,)
+    with torch.no_grad():
+        expected = model(*inputs)
+        convert_to_fdconv(model, num_bands=8)
+        assert len(list(named_fd_layers(model))) == 4
+        assert torch.allclose(model(*inputs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [WithMask, WithThirdArgument, WithWhatever, OwnDefaults, lambda: nn.Transformer(32, 4, 1, 1, 48, batch_first=True)],
+)
+def test_decoders_that_a_mask_may_reach_are_refused(make):
+    model = make()
+    with pytest.raises(ValueError, match=rf"causal if .*tgt_mask.*{REFUSED['causal']}.*allow=\('causal',\)"):
+        convert_to_fdconv(model, num_bands=8)
+    assert len(list(named_fd_layers(convert_to_fdconv(model, allow=("causal",), num_bands=8)))) >= 4
+
+
+def test_detectors_of_transformers_are_not_refused_and_decoders_are():
+    from transformers import BertConfig, BertModel
+    from transformers.models.conditional_detr.modeling_conditional_detr import (
+        ConditionalDetrConfig,
+        ConditionalDetrDecoderLayer,
+    )
+
+    config = ConditionalDetrConfig(d_model=32, decoder_attention_heads=4, decoder_ffn_dim=48, use_timm_backbone=False)
+    layer = ConditionalDetrDecoderLayer(config)
+    assert len(list(named_fd_layers(convert_to_fdconv(layer, num_bands=8)))) == 2
+    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(ValueError, match="are causal: FDConv pools"):
+        convert_to_fdconv(BertModel(BertConfig(is_decoder=True, **small)))
+
+
+class FlaggedDecoder(nn.Module):
+    """Hugging Face's attention to an encoder: in a decoder, and not causal."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.is_decoder, self.is_causal = nn.Linear(32, 32), True, False
+
+
+FlaggedDecoder.__module__ = "transformers.example"
+
+
+def test_attention_of_a_decoder_may_say_that_it_is_not_causal():
+    convert_to_fdconv(Around(FlaggedDecoder()), num_bands=8)
+    silent = FlaggedDecoder()
+    del silent.is_causal
+    with pytest.raises(ValueError, match="are causal"):
+        convert_to_fdconv(Around(silent), num_bands=8)
+
+
 @pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS.keys())
 def test_encoders_are_not(make):
     assert [name for name, _ in named_fd_layers(convert_to_fdconv(make(), num_bands=8))] == ["mlp.0", "mlp.2"]

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.checkpoint import describe_misfits
 from fdconv_zoo.convert import convert_static_state_dict
+from fdconv_zoo.layers.fourier import to_spectrum, weight_to_matrix
 from tests.compare import randomise, randomise_norms, relative_error
 
 LAYERS = {
@@ -70,6 +72,37 @@ def test_freezing_the_weight_freezes_the_spectrum(layer):
     layer.weight.requires_grad_(True)
     assert layer.fdw.spectrum.requires_grad
     assert layer.ksm.fc.weight.requires_grad
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_the_gradient_of_the_weight_is_that_of_the_static_weight(layer, absorbed):
+    """By the chain rule at the spectrum, for a loss of the whole layer."""
+    if absorbed:
+        layer.absorb_batch_norm(norm_of(layer))
+    assert layer.weight.grad is None
+    layer(batch(layer)).square().mean().backward()
+    weight = layer.static_weight().detach().requires_grad_()
+    plain = weight if layer.filter_scale is None else weight / layer.filter_scale.view(-1, *[1] * (weight.dim() - 1))
+    spectrum = to_spectrum(weight_to_matrix(plain.view(*layer.static_shape[:2], *layer.kernel_shape)))
+    (expected,) = torch.autograd.grad(spectrum, weight, layer.fdw.spectrum.grad)
+    found = layer.weight.grad
+    assert relative_error(found, expected) < 1e-6
+    assert found.shape == layer.static_shape
+    assert torch.equal(found.norm() / 2, (found / 2).norm())
+    for write in (found.zero_, lambda: found.mul_(2), lambda: nn.utils.clip_grad_norm_(layer.weight, 0.1)):
+        with pytest.raises(RuntimeError, match=r"computed from layer.fdw.spectrum.grad"):
+            write()
+    layer.zero_grad()
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_optimiser_takes_the_weight(layer, optimiser, frozen):
+    layer.weight.requires_grad_(not frozen)
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        optimiser([layer.weight], lr=0.1)
+    assert not isinstance(layer.weight, nn.Parameter)
 
 
 def test_the_weight_is_no_parameter(layer):
@@ -176,6 +209,40 @@ def test_a_state_dict_says_whether_batch_norm_was_absorbed(layer):
     static = fused.static_twin().state_dict()
     fused.load_state_dict(convert_static_state_dict(static, fused))
     assert relative_error(fused.static_weight(), static["weight"]) < 1e-6
+
+
+def test_a_state_dict_of_an_absorbed_norm_passes_through(layer):
+    plain, fused = randomise(copy.deepcopy(layer)), absorb_directly(layer, norm_of(layer))
+    state = fused.state_dict()
+    if layer.bias is None:
+        with pytest.raises(ValueError, match="1 keys of the static state dict fit nothing in the model: bias"):
+            convert_static_state_dict(state, plain)
+        assert describe_misfits(state, plain).startswith("unexpected keys (1): bias. BatchNorm was absorbed")
+        return
+    for model in (plain, fused):
+        assert describe_misfits(state, model) == describe_misfits(layer.state_dict(), model) == ""
+        converted = convert_static_state_dict(state, model)
+        assert converted.keys() == state.keys()
+        model.load_state_dict(converted)
+    x = batch(layer)
+    assert torch.equal(plain(x), fused(x))
+
+
+def test_a_state_dict_of_one_layer_twice_is_refused(layer):
+    fused = absorb_directly(layer, norm_of(layer))
+    state = fused.state_dict() | fused.static_twin().state_dict()
+    with pytest.raises(ValueError, match=r"has weight, which is static, beside fdw.spectrum, filter_scale"):
+        convert_static_state_dict(state, fused)
+
+
+def test_a_static_weight_of_another_shape_and_a_bias_for_none_are_refused(layer):
+    shape, bias = layer.static_shape, torch.zeros(layer.static_shape[0])
+    for wrong in (torch.zeros(shape[1], shape[0] + 1, *shape[2:]), torch.zeros(*shape, 3)):
+        with pytest.raises(ValueError, match="a static weight of shape"):
+            layer.set_static(wrong, None if layer.bias is None else bias)
+    with pytest.raises(ValueError, match=r"a bias that is (None|a tensor), but the layer has bias="):
+        layer.set_static(torch.zeros(shape), bias if layer.bias is None else None)
+    layer.set_static(torch.zeros(*shape, 1, 1)[..., 0], None if layer.bias is None else bias)
 
 
 def test_a_fused_layer_trains():

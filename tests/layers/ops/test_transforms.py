@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
+import fdconv_zoo
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers.ops import library, literal
 from tests.compare import randomise, relative_error
@@ -59,6 +60,25 @@ def test_gradients_of_each_sample(net, x):
         one_by_one = torch.autograd.grad(net(sample[None]).sin().sum(), list(parameters.values()))
         for got, expected in zip(found.values(), one_by_one, strict=True):
             assert relative_error(got[i], expected) < TOLERANCE
+
+
+def test_over_inputs(net, x):
+    """vmap of the input alone, also of one in channels-last format."""
+    images = torch.stack([x, x.flip(0), x + 1])
+    expected = torch.stack([net(image) for image in images])
+    assert relative_error(vmap(net)(images), expected) < TOLERANCE
+    assert (
+        relative_error(vmap(net)(images.flatten(0, 1).to(memory_format=torch.channels_last).view_as(images)), expected)
+        < TOLERANCE
+    )
+    assert relative_error(vmap(net, in_dims=4, out_dims=1)(images.movedim(0, 4)), expected.movedim(0, 1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_over_inputs_of_other_dimensions(dims):
+    layer = randomise(getattr(fdconv_zoo, f"FDConv{dims}d")(3, 4, 3, num_bands=4, dtype=torch.float64)).eval()
+    x = torch.randn(2, 3, 3, *[4] * dims, dtype=torch.float64)
+    assert relative_error(vmap(layer)(x), torch.stack([layer(part) for part in x])) < TOLERANCE
 
 
 def test_ensembles_of_parameters(x):
