@@ -128,7 +128,11 @@ def find_pooled(model: nn.Module) -> Pooled:
         parent = model.get_submodule(name.rpartition(".")[0])
         holders = [child for child in block.children() if _holds_layers(child)]
         for first, second in pairwise(holders):
-            if _squeezes(first, second) and (_pools_or_gates(block) or _pools_or_gates(parent)):
+            if not _squeezes(first, second):
+                continue
+            # A sequence around the two is the whole branch, or a network that pools for its classifier.
+            is_branch = len(holders) == 2 or not isinstance(block, nn.Sequential)
+            if is_branch and (_pools_or_gates(block) or _pools_or_gates(parent)):
                 found.attention.update((first, second))
         _sort_pooled(block, found)
     return found

@@ -139,9 +139,6 @@ def create_module(args: argparse.Namespace, train_set: Dataset, resumed: bool) -
         args: Arguments of train_dense.py.
         train_set: Has the categories, for detection.
         resumed: A checkpoint brings the weights.
-
-    Raises:
-        ValueError: One image at a time is too few for the batch norms.
     """
     module_class: Callable[..., DenseModule]
     if args.head in DETECTION_HEADS:
@@ -152,8 +149,6 @@ def create_module(args: argparse.Namespace, train_set: Dataset, resumed: bool) -
         module_class = SegmentationModule
     if args.freeze_bn:
         freeze_batch_norm_2d(backbone)
-    elif args.batch_size == 1 and any(".ksm." in name for name, _ in backbone.named_parameters()):
-        raise ValueError("KSM's batch norm needs more than one image a process: --batch-size 2 or more, or --freeze-bn")
     return module_class(model, backbone, args)
 
 

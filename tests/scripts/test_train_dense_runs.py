@@ -12,6 +12,7 @@ from train_runs import SCRIPTS, run, run_until
 import train_dense
 from dense.args import parse_args
 from dense.resume import EpochSampler, read_progress
+from fdconv_zoo.layers import ksm
 
 SCRIPT = SCRIPTS / "train_dense.py"
 HEADS = {
@@ -121,6 +122,17 @@ def test_resume_of_a_finished_run_changes_nothing(data, tmp_path, capsys):
     train_dense.main([*start, "--resume"])
     assert "last.ckpt is the end of the run: 1 epochs, 2 updates" in capsys.readouterr().err
     assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("head", ["upernet", "faster_rcnn"])
+def test_one_image_at_a_time_trains_by_the_running_statistics(head, data, tmp_path):
+    ksm._warn_once.cache_clear()
+    more = ["--batch-size", "1", "--limit-batches", "1", "--epochs", "1"]
+    with pytest.warns(UserWarning, match="batch of one sample in training.*running statistics"):
+        train_dense.main([*options(head, data, tmp_path), *more])
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    means = [value for key, value in state.items() if key.endswith("ksm.norm.running_mean")]
+    assert means and not any(mean.any() for mean in means)
 
 
 def test_broken_checkpoint_is_one_line(data, tmp_path):
