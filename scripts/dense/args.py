@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--freeze-bn", action=flag, default=False,
         help="keep the backbone's batch norms, KSM's among them, as they are: for pretrained weights and few images "
-        "a process (one at a time needs it)",
+        "a process",
     )  # fmt: skip
 
     group = parser.add_argument_group("data")
