@@ -187,7 +187,7 @@ def check(name, model, x):
         error, _ = conversion_error(reference.double(), x.double())
     with torch.no_grad():
         for _, parameter in modulation_parameters(model):
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            parameter.add_(torch.randn_like(parameter), alpha=0.002)
         moved = relative_error(tensor_of(model(x)), static)
     layers = dict(named_fd_layers(model))
     model.train()
