@@ -25,7 +25,8 @@ def randomise_norms(model: nn.Module) -> nn.Module:
             module.running_var.uniform_(0.6, 1.4)
         if isinstance(module, _BatchNorm | nn.LayerNorm) and module.weight is not None:
             module.weight.uniform_(0.6, 1.4)
-            module.bias.normal_(std=0.2)
+            if module.bias is not None:
+                module.bias.normal_(std=0.2)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in ("gamma", "layer_scale"):
             parameter.uniform_(0.3, 0.9)
