@@ -19,7 +19,7 @@ from .band_options import BandOptions
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .ksm import KSM
-from .ops import dynamic_conv2d, is_channels_last, leaf, triton
+from .ops import dynamic_conv2d, leaf, triton
 from .ops.types import Geometry, Inputs
 from .options import check_types, refuse_official_names
 from .padding import explicit_pads
@@ -358,9 +358,10 @@ class FDConv2d(_FDConvolution):
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
-        channels_last = is_channels_last(x)
+        # By strides and axes: vmap lets nobody ask for the memory format.
+        channels_last = x.stride(1) == 1 and not x.is_contiguous()
         out = self._convolve(x, channels_last, by_kernels)
-        return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+        return out.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else out
 
     @property
     def static_shape(self) -> tuple[int, int, int, int]:

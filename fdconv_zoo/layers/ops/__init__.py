@@ -49,14 +49,6 @@ def is_for_onnx() -> bool:
     return False
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a map's memory format is channels last, which the output then has too; vmap lets nobody ask."""
-    if not torch.jit.is_scripting():
-        if torch._C._are_functorch_transforms_active():
-            return False
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 @torch.jit.ignore
 def leaf(module: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
     """The node of a module in the graph that torch.fx is tracing, given the node of its input.
