@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.command_line import fail
-from dense.args import DETECTION_HEADS, parse_args
+from dense.args import DETECTION_HEADS, MASK_HEADS, parse_args
 
 try:
     import lightning as L
@@ -53,7 +53,7 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         ValueError: The data can't be used; says why.
     """
     if args.head in DETECTION_HEADS:
-        with_masks = args.head == "mask_rcnn"
+        with_masks = args.head in MASK_HEADS
         train_set = coco_boxes(args.train_images, args.train_annotations, with_masks, train=True)
         val_set = coco_boxes(args.val_images, args.val_annotations, with_masks, train=False)
         if train_set.categories != val_set.categories:

@@ -13,29 +13,41 @@ from torch import Tensor, nn
 from .config import MaskDinoConfig
 
 PREFIX = "sem_seg_head."
-RENAMED = (
-    (r"pixel_decoder\.transformer\.(level_embed)", r"pixel_decoder.\1"),
-    (r"pixel_decoder\.transformer\.encoder\.(layers\..+)", r"pixel_decoder.\1"),
-    (r"pixel_decoder\.adapter_1\.weight", r"pixel_decoder.lateral.0.weight"),
-    (r"pixel_decoder\.adapter_1\.norm\.(.+)", r"pixel_decoder.lateral.1.\1"),
-    (r"pixel_decoder\.layer_1\.weight", r"pixel_decoder.output.0.weight"),
-    (r"pixel_decoder\.layer_1\.norm\.(.+)", r"pixel_decoder.output.1.\1"),
-    (r"pixel_decoder\.(.+)", r"pixel_decoder.\1"),
-    (r"predictor\.decoder\.layers\.(.+)", r"layers.\1"),
-    (r"predictor\.decoder\.ref_point_head\.layers\.(\d)\.(.+)", r"ref_point_head.#\1.\2"),
-    (r"predictor\.(?:decoder_norm|decoder\.norm)\.(.+)", r"norm.\1"),
-    (r"predictor\.(?:_bbox_embed|(?:decoder\.)?bbox_embed\.\d+)\.layers\.(\d)\.(.+)", r"box_embed.#\1.\2"),
-    (r"predictor\.mask_embed\.layers\.(\d)\.(.+)", r"mask_embed.#\1.\2"),
-    (r"predictor\.(.+)", r"\1"),
+OFFICIAL = (
+    (r"pixel_decoder\.level_embed", "pixel_decoder.transformer.level_embed"),
+    (r"pixel_decoder\.layers\.(.+)", r"pixel_decoder.transformer.encoder.layers.\1"),
+    (r"pixel_decoder\.lateral\.0\.(.+)", r"pixel_decoder.adapter_1.\1"),
+    (r"pixel_decoder\.lateral\.1\.(.+)", r"pixel_decoder.adapter_1.norm.\1"),
+    (r"pixel_decoder\.output\.0\.(.+)", r"pixel_decoder.layer_1.\1"),
+    (r"pixel_decoder\.output\.1\.(.+)", r"pixel_decoder.layer_1.norm.\1"),
+    (r"(pixel_decoder\..+)", r"\1"),
+    (r"layers\.(.+)", r"predictor.decoder.layers.\1"),
+    (r"ref_point_head\.(.+)", r"predictor.decoder.ref_point_head.layers.\1"),
+    (r"box_embed\.(.+)", r"predictor._bbox_embed.layers.\1"),
+    (r"mask_embed\.(.+)", r"predictor.mask_embed.layers.\1"),
+    (r"norm\.(.+)", r"predictor.decoder_norm.\1"),
+    (r"(.+)", r"predictor.\1"),
+)
+COPIES = (
+    (r"predictor\.decoder\.norm\.", "predictor.decoder_norm."),
+    (r"predictor\.(decoder\.)?bbox_embed\.\d+\.", "predictor._bbox_embed."),
 )
 
 
-def _name(key: str) -> str:
-    """Return the name here of an official one; one that fits nothing stays as it is."""
-    for pattern, name in RENAMED:
-        if match := re.fullmatch(pattern, key):
-            # torchvision's MLP has a ReLU and a dropout after each linear layer
-            return re.sub(r"#(\d)", lambda number: str(3 * int(number[1])), match.expand(name))
+def official_name(name: str) -> str:
+    """Return the official name, without `sem_seg_head.`, of a parameter of the head."""
+    pattern, template = next(each for each in OFFICIAL if re.fullmatch(each[0], name))
+    official = re.sub(pattern, template, name)
+    if name.startswith(("ref_point_head.", "box_embed.", "mask_embed.")):
+        # torchvision's MLP counts a ReLU and a dropout after each linear layer
+        official = re.sub(r"(?<=layers\.)\d+", lambda number: str(int(number[0]) // 3), official)
+    return official
+
+
+def _of_copy(key: str) -> str:
+    """Return the official name of the weight that a key is a copy of; other keys stay."""
+    for pattern, original in COPIES:
+        key = re.sub(f"^{pattern}", original, key)
     return key
 
 
@@ -70,19 +82,22 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any], head: nn.Module) 
     Raises:
         ValueError: Keys fit nothing or are missing, shapes differ, or copies of a weight do; names them.
     """
-    expected = head.state_dict()
+    names = {official_name(name): name for name in head.state_dict()}
+    shapes = {name: value.shape for name, value in head.state_dict().items()}
     converted: dict[str, Tensor] = {}
     misfits: list[str] = []
     for key, value in head_weights(checkpoint).items():
-        name = _name(key)
-        if name not in expected:
+        name = names.get(_of_copy(key))
+        if name is None:
             misfits.append(f"{key} fits nothing")
-        elif value.shape != expected[name].shape:
-            misfits.append(f"{key} is {tuple(value.shape)}, {name} {tuple(expected[name].shape)}")
+        elif value.shape != shapes[name]:
+            misfits.append(f"{key} is {tuple(value.shape)}, not {tuple(shapes[name])}")
         elif name in converted and not torch.equal(converted[name], value):
             misfits.append(f"{key} differs from its copy")
-        converted.setdefault(name, value)
-    misfits += [f"{name} is missing" for name in expected if name not in converted]
+        else:
+            converted[name] = value
+    absent = names.keys() - {_of_copy(key) for key in head_weights(checkpoint)}
+    misfits += [f"{key} is missing" for key in names if key in absent]
     if misfits:
         more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise ValueError(f"the checkpoint does not fit the head: {'; '.join(misfits[:5])}{more}")

@@ -113,15 +113,19 @@ class MaskDino(nn.Module):
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(z), mask_features)
         return Prediction(self.class_embed(z), boxes, masks)
 
+    def propose(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns each place's state (B, S, D), box logits that it proposes (1, S, 4), and score (B, S)."""
+        offered, valid = proposals(memory)
+        states = self.enc_output_norm(self.enc_output(memory.values.masked_fill(~valid, 0)))
+        return states, offered, self.class_embed(states).amax(-1)
+
     def _select(self, memory: Memory, mask_features: Tensor) -> tuple[Tensor, Tensor, Prediction]:
         """Return content (B, Q, D) and box logits (B, Q, 4) of the selected places, without a gradient, and what is
         said of them, with one."""
         queries, places = self.config.num_queries, memory.values.shape[1]
         if places < queries:
             raise ValueError(f"{queries} queries can't be selected among {places} places: larger images, or fewer")
-        offered, valid = proposals(memory)
-        states = self.enc_output_norm(self.enc_output(memory.values.masked_fill(~valid, 0)))
-        scores = self.class_embed(states).amax(-1)
+        states, offered, scores = self.propose(memory)
         best = scores.topk(queries, 1).indices[..., None]
         content = states.take_along_dim(best, 1)
         box_logits = self.box_embed(content) + offered.expand(len(best), -1, -1).take_along_dim(best, 1)

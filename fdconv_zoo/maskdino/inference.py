@@ -63,13 +63,16 @@ def one_image(
     return Prediction(prediction.logits[index], corners, resize(masks, size)[0])
 
 
-def instances(prediction: Prediction, config: MaskDinoConfig, top: int = 100) -> Instances:
+def instances(
+    prediction: Prediction, config: MaskDinoConfig, top: int = 100, things: set[int] | None = None
+) -> Instances:
     """Return the objects with the best scores: of the class times how sure the mask is within itself.
 
     Args:
         prediction: Of `one_image`.
         config: Of the head.
         top: Pairs of a query and a class, at most.
+        things: Classes that are counted, where there are others too; those of others among the best are left out.
 
     Raises:
         ValueError: The classes are softmax's.
@@ -77,6 +80,9 @@ def instances(prediction: Prediction, config: MaskDinoConfig, top: int = 100) ->
     _check_sigmoid(config)
     probabilities = prediction.logits.float().sigmoid()
     scores, index = probabilities.flatten().topk(min(top, probabilities.numel()))
+    if things is not None:
+        counted = torch.isin(index % config.num_classes, index.new_tensor(sorted(things)))
+        scores, index = scores[counted], index[counted]
     query, labels = index // config.num_classes, index % config.num_classes
     logits = prediction.masks[query]
     masks = logits > 0

@@ -11,8 +11,10 @@ from common.command_line import HelpFormatter
 from common.recipes import parse_over_recipe
 from common.training_recipe import check_optimizer
 
-DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet")
-SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former")
+DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet", "maskdino_instance")
+MASK_HEADS = ("mask_rcnn", "maskdino_instance")  # those of the detection heads that find masks
+SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former", "maskdino")
+TRANSFORMERS_HEADS = ("mask2former", "maskdino", "maskdino_instance")
 EXAMPLES = """examples:
   # Faster R-CNN on COCO, on one machine with 8 GPUs
   torchrun --nproc_per_node=8 scripts/train_dense.py --config scripts/configs/dense/faster_rcnn_1x_coco.yaml \\
@@ -63,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     group.add_argument("--backbone-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="KEY=VALUE")
     group.add_argument("--head-kwargs", nargs="*", default={}, action=timm.utils.ParseKwargs, metavar="KEY=VALUE",
-                       help="of torchvision's detector, of smp's model or of Mask2FormerConfig")  # fmt: skip
+                       help="of torchvision's detector, smp's model, Mask2FormerConfig or MaskDinoConfig")  # fmt: skip
     group.add_argument(
         "--freeze-bn", action=flag, default=False,
         help="keep the backbone's batch norms, KSM's among them, as they are: for pretrained weights and few images "
@@ -160,7 +162,7 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         parser.error(f"{args.head} needs --num-classes")
     if args.mask_values and (len(args.mask_values) != args.num_classes or min(args.mask_values) < 0):
         parser.error(f"--mask-values {args.mask_values} must be --num-classes {args.num_classes} values, from 0 up")
-    packages = ("transformers", "scipy") if args.head == "mask2former" else ()
+    packages = ("transformers", "scipy") if args.head in TRANSFORMERS_HEADS else ()
     absent = [name for name in packages if find_spec(name) is None]
     if absent:
         parser.error(f"{args.head} needs {' and '.join(absent)}: pip install {' '.join(absent)}")

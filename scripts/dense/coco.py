@@ -89,8 +89,8 @@ class CocoObjects(CocoDetection):
                 left_out["crowds"] += 1
             elif with_masks and not entry.get("segmentation"):
                 raise ValueError(
-                    f"{annotations}: object {entry['id']} has no segmentation, from which mask_rcnn learns: "
-                    "faster_rcnn and retinanet need boxes only"
+                    f"{annotations}: object {entry['id']} has no segmentation, from which mask_rcnn learns "
+                    "(and maskdino_instance): faster_rcnn and retinanet need boxes only"
                 )
         return left_out
 

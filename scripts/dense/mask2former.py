@@ -15,6 +15,7 @@ from transformers import (
     TimmBackboneConfig,
 )
 
+from dense.masks import class_masks
 from fdconv_zoo.dense import build_transformers_head
 
 LEVELS = (-4, -3, -2, -1)
@@ -36,16 +37,6 @@ class Backbone(TimmBackbone):
 
 
 AutoBackbone.register(BackboneConfig, Backbone)
-
-
-def class_masks(labels: Tensor, ignore_index: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the targets of maps of labels (B, H, W): each image's classes (N,), and a mask of each (N, H, W).
-
-    Pixels without a class are in no mask.
-    """
-    classes = [present[present != ignore_index] for present in (image.unique() for image in labels)]
-    masks = [(image == present[:, None, None]).float() for image, present in zip(labels, classes, strict=True)]
-    return masks, classes
 
 
 class Mask2Former(nn.Module):

@@ -66,6 +66,16 @@ def check_sizes(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
         raise ValueError(f"{path} is {tuple(mask.shape)} pixels, its image {size}")
 
 
+def class_masks(labels: Tensor, ignore_index: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the targets of maps of labels (B, H, W): each image's classes (N,), and a mask of each (N, H, W).
+
+    Pixels without a class are in no mask.
+    """
+    classes = [present[present != ignore_index] for present in (image.unique() for image in labels)]
+    masks = [(image == present[:, None, None]).float() for image, present in zip(labels, classes, strict=True)]
+    return masks, classes
+
+
 class MaskFolders(Dataset):
     """Images (3, H, W), normalised, with masks (H, W) of class indices, int64.
 

@@ -1,4 +1,4 @@
-"""Detectors of torchvision, and networks of segmentation-models-pytorch and transformers, on any timm backbone."""
+"""Networks of torchvision, segmentation-models-pytorch and transformers, and MaskDINO, on any timm backbone."""
 
 import argparse
 from collections.abc import Mapping
@@ -39,20 +39,24 @@ def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def create_detector(args: argparse.Namespace, num_classes: int, resumed: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a torchvision detector and the timm backbone in it.
+    """Return a detector that is called as torchvision's are, and the timm backbone in it.
 
     Args:
         args: Arguments of train_dense.py.
         num_classes: Classes without the background.
         resumed: A checkpoint brings the weights.
     """
+    mean, std = normalization(args.backbone)
+    if args.head == "maskdino_instance":
+        from dense.maskdino import create_maskdino_detector  # needs transformers, which other heads do not
+
+        return create_maskdino_detector(args, num_classes, backbone_options(args, resumed), mean, std)
     retina = args.head == "retinanet"
     levels = (-3, -2, -1) if retina else (-4, -3, -2, -1)
     backbone = timm.create_model(
         args.backbone, features_only=True, out_indices=levels, **backbone_options(args, resumed)
     )
     pyramid = FeaturePyramid(backbone, PYRAMID, LastLevelP6P7(PYRAMID, PYRAMID) if retina else None)
-    mean, std = normalization(args.backbone)
     model = DETECTORS[args.head](
         pyramid,
         num_classes + 1,
@@ -76,6 +80,10 @@ def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module
         from dense.mask2former import create_mask2former  # needs transformers, which other heads do not
 
         return create_mask2former(args, options)
+    if args.head == "maskdino":
+        from dense.maskdino import create_maskdino_segmenter
+
+        return create_maskdino_segmenter(args, options)
     pretrained = options.pop("pretrained")
     options |= {
         "encoder_name": f"tu-{args.backbone}",

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
+from dense.args import MASK_HEADS
 from dense.coco import Target
 from dense.models import predict_classes
 from dense.optim import create_optimizer, rate_factor
@@ -77,7 +78,7 @@ class DenseModule(L.LightningModule):
 
 
 class DetectionModule(DenseModule):
-    """torchvision's detectors: their own losses, mAP as COCO defines it.
+    """Detectors called as torchvision's are: their own losses, mAP as COCO defines it.
 
     Args:
         model: Backbone and head.
@@ -87,7 +88,7 @@ class DetectionModule(DenseModule):
 
     def __init__(self, model: nn.Module, backbone: nn.Module, args: argparse.Namespace) -> None:
         super().__init__(model, backbone, args)
-        self.kinds = ("bbox", "segm") if args.head == "mask_rcnn" else ("bbox",)
+        self.kinds = ("bbox", "segm") if args.head in MASK_HEADS else ("bbox",)
         self.average_precision = MeanAveragePrecision(iou_type=self.kinds, sync_on_compute=False)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> Tensor:
@@ -134,7 +135,7 @@ class SegmentationModule(DenseModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, masks = batch
-        if self.args.head == "mask2former":
+        if hasattr(self.model, "loss"):
             loss = self.model.loss(images, masks)
         else:
             loss = F.cross_entropy(self.model(images), masks, ignore_index=self.args.ignore_index)

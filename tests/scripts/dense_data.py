@@ -15,6 +15,10 @@ SMALL_MASK2FORMER = ["--head-kwargs", "num_queries=5", "train_num_points=256", "
 SMALL_MASK2FORMER += ["encoder_layers=1", "decoder_layers=2"]
 for name in ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"):
     SMALL_MASK2FORMER.append(f"{name}=32")
+SMALL_MASKDINO = ["--head-kwargs", "num_queries=5", "num_points=64", "denoising_queries=6", "encoder_layers=1"]
+SMALL_MASKDINO += ["decoder_layers=2"]
+for name in ("hidden_dim", "mask_dim", "encoder_ffn_dim", "decoder_ffn_dim"):
+    SMALL_MASKDINO.append(f"{name}=32")
 
 
 def write_data(root: Path, **counts: int) -> Path:

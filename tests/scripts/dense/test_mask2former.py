@@ -11,7 +11,7 @@ from train_runs import SCRIPTS
 import train_dense
 from dense import args as dense_args
 from dense.args import parse_args
-from dense.mask2former import class_masks
+from dense.masks import class_masks
 
 CONFIG = SCRIPTS / "configs" / "dense" / "mask2former_cityscapes.yaml"
 OPTIONS = ["--head", "mask2former", *SMALL, *SMALL_MASK2FORMER]
