@@ -16,6 +16,7 @@ from dense_data import (
     SMALL,
     SMALL_DETECTOR,
     SMALL_MASK2FORMER,
+    SMALL_MASKDINO,
     boxes,
     cityscapes,
     masks,
@@ -39,7 +40,7 @@ def data(tmp_path_factory):
 def config_data(data, tmp_path_factory):
     """Options that name small data for a config."""
     folder = write_cityscapes(tmp_path_factory.mktemp("cityscapes"))
-    options = {"upernet": masks(data), "mask2former": cityscapes(folder)}
+    options = {"upernet": masks(data), "maskdino": masks(data), "mask2former": cityscapes(folder)}
     return lambda loaded: options.get(loaded["head"], boxes(data))
 
 
@@ -147,7 +148,7 @@ def test_config_runs_one_batch(config, config_data, tmp_path, capsys):
     loaded = yaml.safe_load(config.read_text())
     options = [*BACKBONE, "--no-pretrained", "-j", "0", "--device", "cpu", "--limit-batches", "1", "--epochs", "1"]
     options += ["--steps", "1"] if "steps" in loaded else []
-    options += SMALL_MASK2FORMER if loaded["head"] == "mask2former" else []
+    options += {"mask2former": SMALL_MASK2FORMER, "maskdino": SMALL_MASKDINO}.get(loaded["head"], [])
     main(["--config", str(config), *options, *config_data(loaded), "--output", str(tmp_path)])
     assert "val/" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1

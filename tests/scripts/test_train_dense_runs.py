@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_data import SMALL, SMALL_DETECTOR, SMALL_MASK2FORMER, boxes, masks, write_data
+from dense_data import SMALL, SMALL_DETECTOR, SMALL_MASK2FORMER, SMALL_MASKDINO, boxes, masks, write_data
 from train_runs import SCRIPTS, run, run_until
 
 import train_dense
@@ -18,6 +18,8 @@ SCRIPT = SCRIPTS / "train_dense.py"
 HEADS = {
     "upernet": ["--head", "upernet", "--lr", "0.1"],
     "mask2former": ["--head", "mask2former", *SMALL_MASK2FORMER],
+    "maskdino": ["--head", "maskdino", *SMALL_MASKDINO, "--opt", "adamw", "--lr", "0.001"],
+    "maskdino_instance": ["--head", "maskdino_instance", *SMALL_MASKDINO, "--opt", "adamw", "--lr", "0.001"],
     "faster_rcnn": ["--head", "faster_rcnn", *SMALL_DETECTOR, "--lr", "0.005"],
 }
 
@@ -29,7 +31,7 @@ def data(tmp_path_factory):
 
 
 def options(head, data, output):
-    kind = boxes if head == "faster_rcnn" else masks
+    kind = boxes if head in ("faster_rcnn", "maskdino_instance") else masks
     return [*HEADS[head], *SMALL, *kind(data), "--output", str(output)]
 
 
@@ -58,6 +60,8 @@ def scores_of_one_process(output):
         # An epoch is one step of both processes: after eight of them some starts have found nothing yet.
         pytest.param("faster_rcnn", 24, marks=pytest.mark.slow),
         pytest.param("mask2former", 2, marks=pytest.mark.slow),
+        pytest.param("maskdino", 4, marks=pytest.mark.slow),
+        pytest.param("maskdino_instance", 40, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_have_the_same_weights_and_the_score_of_one(head, epochs, data, tmp_path):
@@ -66,7 +70,7 @@ def test_two_processes_have_the_same_weights_and_the_score_of_one(head, epochs, 
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert [name for name, value in first.items() if not value.equal(second[name])] == []
     together = scores(tmp_path)
-    assert together["val/box_mAP50" if head == "faster_rcnn" else "val/mIoU"] > 0
+    assert together["val/mIoU" if "val/mIoU" in together else "val/box_mAP50"] > 0
     assert scores_of_one_process(tmp_path) == together
 
 
@@ -83,6 +87,8 @@ def assert_same_checkpoints(one, other):
         ("mask2former", signal.SIGKILL, ["--epochs", "2"]),
         # neither the epochs nor the intervals of validation end with the run, nor is the killed epoch validated
         pytest.param("mask2former", signal.SIGKILL, ["--steps", "8", "--val-interval", "2"], marks=pytest.mark.slow),
+        pytest.param("maskdino", signal.SIGKILL, ["--epochs", "2"], marks=pytest.mark.slow),
+        pytest.param("maskdino_instance", signal.SIGKILL, ["--epochs", "2"], marks=pytest.mark.slow),
         pytest.param("faster_rcnn", signal.SIGKILL, ["--epochs", "3", "-j", "1"], marks=pytest.mark.slow),
         pytest.param("upernet", signal.SIGTERM, ["--epochs", "3", "-j", "1"], marks=pytest.mark.slow),
     ],
