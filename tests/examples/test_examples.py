@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import maskdino
 import pytest
 import smp_segmentation
 import torchvision_detection
@@ -21,6 +22,7 @@ HEADS = {
 }
 CASES = [(script, head, model) for script, heads in HEADS.items() for head in heads for model in MODELS]
 CASES.remove(("smp_segmentation.py", "deeplabv3plus", "swin_tiny_fdconv"))  # Swin has no dilation
+RESULTS = ("scores: (2, 3, 96, 96)", "instances: boxes (10, 4), masks (10, 96, 96)", "segments: (96, 96), classes [")
 
 
 def narrow(name):
@@ -53,11 +55,22 @@ def test_transformers(head, output, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "model", "printed"), zip(("semantic", "instance", "panoptic"), MODELS, RESULTS, strict=True)
+)
+def test_maskdino(task, model, printed, capsys):
+    maskdino.main(["--task", task, "--model", model, "--size", "96", *narrow(model)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{task}, {model}, images (2, 3, 96, 96)"
+    assert math.isfinite(float(lines[1].removeprefix("loss: "))) and lines[2].startswith(printed)
+
+
+@pytest.mark.parametrize(
     ("main", "options"),
     [
         (torchvision_detection.main, narrow("resnet50_fdconv")),
         (smp_segmentation.main, narrow("resnet50_fdconv")),
         (transformers_heads.main, ["--head", "upernet", "--model", "narrow_resnet50_fdconv"]),
+        (maskdino.main, narrow("resnet50_fdconv")),
     ],
 )
 def test_a_photo(main, options, capsys):
@@ -65,11 +78,19 @@ def test_a_photo(main, options, capsys):
     assert "resnet50_fdconv, image" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("example", [torchvision_detection, smp_segmentation, transformers_heads])
+@pytest.mark.parametrize("example", [torchvision_detection, smp_segmentation, transformers_heads, maskdino])
 def test_missing_photo_is_one_line(example, capsys):
     with pytest.raises(SystemExit, match="2"):
         example.main(["--image", "nowhere.jpg"])
     assert capsys.readouterr().err.splitlines()[-1].endswith("error: --image nowhere.jpg is not a file")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_maskdino_full_size(task):
+    command = [sys.executable, EXAMPLES / "maskdino.py", "--task", task, "--size", "128"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

