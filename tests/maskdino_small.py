@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fdconv_zoo.maskdino import MaskDino, MaskDinoConfig, Target
+from tests.compare import randomise_norms
 
 SMALL = dict(
     num_classes=4, in_channels=(8, 12, 16, 20), num_queries=6, hidden_dim=32, mask_dim=24, encoder_layers=1,
@@ -13,8 +14,9 @@ SELECTED = dict(select_queries=True, softmax_classes=False, initial_boxes="bitma
 
 
 def small(**changes):
-    """A head whose every part tells: at the start the box MLP ends in zeros, and attention does not see its queries."""
-    head = MaskDino(MaskDinoConfig(**{**SMALL, **changes}))
+    """A head whose every part tells: at the start the box MLP ends in zeros, attention does not see its queries, and
+    a norm of what is normed changes nothing."""
+    head = randomise_norms(MaskDino(MaskDinoConfig(**{**SMALL, **changes})))
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if parameter.ndim > 1 and "embed" not in name.rpartition(".")[0].partition(".")[0]:

@@ -109,7 +109,7 @@ def test_odd_sizes_and_a_batch_of_one(options, size, batch):
 
 
 def test_an_image_does_not_depend_on_the_others():
-    head, features = small(**SELECTED).eval(), maps(64, 64)
+    head, features = small(**SELECTED).eval(), maps(96, 96)
     together, alone = head(features).predictions[0], head([feature[1:] for feature in features]).predictions[0]
     assert all(torch.allclose(one[1:], other, atol=1e-4) for one, other in zip(together, alone, strict=True))
 
@@ -119,7 +119,7 @@ def test_one_graph(options):
     torch.compiler.reset()
     head, features = small(**options), maps(64, 64)
     noised = noise_targets(objects([3, 1]), head.config)
-    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
     expected, found = head(features, noised), compiled(features, noised)
     for one, other in zip(expected.predictions + expected.noised, found.predictions + found.noised, strict=True):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one, other, strict=True))
