@@ -25,9 +25,9 @@ def gradients(head, features, targets):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # a matching that random points don't decide
-    head = small(**SELECTED, mask_weight=0.0, dice_weight=0.0)
-    features, targets = maps(64, 64), objects([3, 0])
+    # a matching that random points don't decide; biases before norms of one channel would have no gradient
+    head = small(**SELECTED, mask_weight=0.0, dice_weight=0.0, hidden_dim=64)
+    features, targets = maps(96, 96), objects([3, 0])
     expected = gradients(head, features, targets)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

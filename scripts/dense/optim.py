@@ -29,7 +29,7 @@ def parameter_groups(
     inherited = {id(parameter) for parameter in backbone.parameters()} - modulation
     groups: list[dict[str, Any]] = []
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    for group in param_groups_weight_decay(model, weight_decay, exempt):
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt):
         old = [parameter for parameter in group["params"] if id(parameter) in inherited]
         new = [parameter for parameter in group["params"] if id(parameter) not in inherited]
         for members, scale in ((new, 1.0), (old, static_lr_scale)):
