@@ -114,7 +114,7 @@ def test_an_image_does_not_depend_on_the_others():
     assert all(torch.allclose(one[1:], other, atol=1e-4) for one, other in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, SELECTED], ids=["learnt", "selected"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), SELECTED], ids=["learnt", "selected"])
 def test_one_graph(options):
     torch.compiler.reset()
     head, features = small(**options), maps(64, 64)
