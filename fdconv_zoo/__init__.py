@@ -13,6 +13,7 @@ from .default_cfgs import static_name
 from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .modulation import freeze_static, modulation_parameters
 from .pretrained import PretrainedError
+from .static import to_static
 from .version import __version__
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "modulation_parameters",
     "static_name",
     "summary",
+    "to_static",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import OPTIONAL, fits
 from .choice import COUNTERPARTS, Candidate, FDLayer, Include, LayerReport, Summary, choose, named_fd_layers
-from .handover import find_shared, hand_over
+from .handover import find_shared, hand_over, tie
 from .layers import FDConv2d, to_spectrum
 from .layers.fdw import GainMaps
 from .layers.fourier import column_scale, weight_to_matrix
@@ -56,7 +56,8 @@ def layer_options(layer_class: type[nn.Module]) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"init_weights", "gain_maps", "device", "dtype"}
 
 
-def _place(model: nn.Module, name: str, module: nn.Module) -> None:
+def place(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of a name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -116,12 +117,13 @@ def convert_to_fdconv(
         if converted := sum(1 for _ in named_fd_layers(model)):
             reasons = f"already converted, {converted} of its layers are FDConv; print(summary(model)) lists the rest"
         raise ValueError(f"nothing to replace in {type(model).__name__}: {reasons}")
+    tie(replaced)
     hand_over(model, replaced)
     if model in replaced:
         return replaced[model]
     for name, layer, reason, _ in candidates:
         if not reason:
-            _place(model, name, replaced[layer])
+            place(model, name, replaced[layer])
             keep_unfused(model, name)
     _logger.info(f"{len(replaced)} of {len(candidates)} layers are FDConv now; summary(model) lists them")
     return model
@@ -154,12 +156,12 @@ def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
     layers = dict(named_fd_layers(model))
     twins = {name: layer.static_twin() for name, layer in layers.items()}
     for name, twin in twins.items():
-        _place(model, name, twin)
+        place(model, name, twin)
     try:
         initialize()
     finally:
         for name, layer in layers.items():
-            _place(model, name, layer)
+            place(model, name, layer)
     for name, layer in layers.items():
         layer.set_static(twins[name].weight, twins[name].bias)
 

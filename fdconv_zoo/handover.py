@@ -1,4 +1,4 @@
-"""What else refers to a static layer goes over to its replacement: hooks, shared parameters, lists that hold it."""
+"""What else refers to a layer goes over to its replacement: hooks, shared parameters, lists that hold it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -42,21 +42,26 @@ def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module
     return shared
 
 
-def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Gives replacements what their static layers had: hooks, shared parameters, places in lists.
-
-    Args:
-        model: The model, in which the static layers are still in place.
-        replaced: Replacement of each static layer.
-    """
+def tie(replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Lets FDConv layers share what their static layers share, given the FDConv layer of each static one."""
     known: dict[int, nn.Parameter] = {}
     for static, layer in replaced.items():
-        for hooks in HOOKS:
-            if hasattr(static, hooks):
-                setattr(layer, hooks, getattr(static, hooks))
         layer.fdw.spectrum = known.setdefault(id(static.weight), layer.fdw.spectrum)
         if static.bias is not None:
             layer.bias = known.setdefault(id(static.bias), layer.bias)
+
+
+def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Gives replacements what the layers before them had: hooks, places in lists.
+
+    Args:
+        model: The model, in which the layers are still in place.
+        replaced: Replacement of each layer.
+    """
+    for old, new in replaced.items():
+        for hooks in HOOKS:
+            if hasattr(old, hooks):
+                setattr(new, hooks, getattr(old, hooks))
     for module in model.modules():
         for key, value in vars(module).items():
             if key not in OWN:

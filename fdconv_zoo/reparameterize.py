@@ -32,3 +32,12 @@ def keep_unfused(model: nn.Module, name: str) -> None:
                 # An attribute of the block, that is copied and pickled with it.
                 setattr(block, method, partial(_stay, block))
             return
+
+
+def fuse_again(model: nn.Module) -> None:
+    """Gives the blocks of a model that is static again their methods back."""
+    for block in model.modules():
+        for method in METHODS:
+            stand_in = vars(block).get(method)
+            if isinstance(stand_in, partial) and stand_in.func is _stay:
+                delattr(block, method)

@@ -40,7 +40,8 @@ def fourier_basis(size: int, count: int, device: torch.device, dtype: torch.dtyp
     column = torch.arange(count, device=device)
     # Angles in quarters of 1/size turn, a sine a quarter turn behind: whole turns are dropped in integers, exactly.
     quarters = 4 * torch.arange(size, device=device)[:, None] * (column // 2) - size * (column % 2)
-    angle = torch.remainder(quarters, torch.full([], 4 * size, device=device)).to(dtype) * (math.pi / (2 * size))
+    # A vector of one number: of none, torch.onnx makes a node that ONNX does not allow.
+    angle = torch.remainder(quarters, torch.full([1], 4 * size, device=device)).to(dtype) * (math.pi / (2 * size))
     return torch.cos(angle) * ((2 - (column == 0).to(dtype)) / size).sqrt()
 
 
@@ -100,7 +101,7 @@ def grid_sides(x: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int) -> lis
     horizontal = v / mask_grid
     sides: list[tuple[Tensor, Tensor]] = []
     for numerator, denominator in cutoffs:
-        limit = torch.full((), numerator / denominator + 1e-8, dtype=torch.float32, device=x.device)
+        limit = torch.full((1,), numerator / denominator + 1e-8, dtype=torch.float32, device=x.device)
         sides.append((vertical < limit, horizontal < limit))
     return sides
 

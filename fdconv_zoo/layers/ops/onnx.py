@@ -1,76 +1,144 @@
-"""What ONNX needs in place of torch.fft: matrix products.
+"""What ONNX needs in place of torch.fft: matrix products, of real numbers only.
 
-ONNX Runtime's DFT loses digits where a size is no power of two (relative error 3e-4 at 3072 x 768, against 5e-7 here)
-and is slow there. These products use the factors of the size (Cooley and Tukey 1965), and real numbers only.
+ONNX Runtime's DFT is slow, and ONNX's inverse of half spectra ill-defined up to operator set 20. These products use the
+factors of a size (Cooley and Tukey 1965): along an axis of N = N1*N2*... each number costs N1 + N2 + ... instead of N.
+The turns between two factors are part of the matrices, and the order that factors want is that of constants: between
+two products nothing is computed or moved.
 """
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fourier import gain_table
+from .types import Spectrum
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+# What one product more costs beside its multiply-accumulates, in points of its size; measured on ONNX Runtime 1.32.
+STAGE = 12
+
+
+class InverseDFT(NamedTuple):
+    """An inverse DFT along one axis as a chain of products, without a factor 1/N.
+
+    Attributes:
+        order: Which of the K coefficients come in which order into the first product.
+        matrices: Batches of matrices (L, rows, columns), float64. Columns are those of a batch's coefficients, real
+            and imaginary part of each side by side. Rows are first real and then imaginary parts, or real parts alone.
+    """
+
+    order: "ndarray"
+    matrices: "list[ndarray]"
+
+
+def factors(size: int) -> list[int]:
+    """The factors of a size, rising, that cost least: a product for each."""
+
+    def cost(parts: list[int]) -> int:
+        return sum(parts) + STAGE * len(parts)
+
+    divisors = (n for n in range(2, math.isqrt(size) + 1) if size % n == 0)
+    splits = [sorted([n, *factors(size // n)]) for n in divisors]
+    return min([[size], *splits], key=cost)
+
+
+def inverse_dft(radices: list[int], half: bool) -> InverseDFT:
+    """Inverse DFT of N points, N being the product of `radices`.
+
+    With N = radix * inner, coefficient k = inner*t + w and sample n = radix*m + j, a factor turns the coefficients
+    of each w into a coefficient w of a shorter transform for each j: sum over t of X[k] * exp(2 pi i j k / N). It is
+    over m that the shorter one runs.
+
+    Args:
+        radices: In the order of the products.
+        half: Coefficients 0 to N//2 of a real signal are given, and its N samples made. Otherwise all, and complex
+            samples.
+    """
+    import numpy as np  # onnx and the exporters need it too
+
+    def waves(samples: "ndarray", coefficients: "ndarray", size: int) -> "ndarray":
+        """exp(2 pi i n k / size) (..., n, k). Whole turns are dropped in integers, exactly."""
+        return np.exp(2j * np.pi / size * (samples[:, None] * coefficients[..., None, :] % size))
+
+    inner = radices[-1]
+    kept = np.arange(inner // 2 + 1 if half else inner)
+    wave = waves(np.arange(inner), kept, inner)
+    if half:
+        # Every coefficient but those which are their own mirror image stands for two, and the real part is wanted.
+        wave = wave * np.where(kept * 2 % inner == 0, 1, 2)
+        matrices = [np.stack([wave.real, -wave.imag], axis=-1).reshape(1, inner, -1)]
+    else:
+        matrices = [_real_products(wave, np.ones(inner)).reshape(1, 2 * inner, 2 * inner)]
+    for radix in reversed(radices[:-1]):
+        size = radix * inner
+        coefficients = kept[:, None] + inner * np.arange(radix)
+        # A coefficient of the upper half is the conjugate of its mirror image.
+        mirrored = half & (coefficients > size // 2)
+        wave = waves(np.arange(radix), coefficients, size)
+        signs = np.where(mirrored, -1, 1)[:, None]
+        matrices.insert(0, _real_products(wave, signs).reshape(len(kept), 2 * radix, 2 * radix))
+        kept, inner = np.where(mirrored, size - coefficients, coefficients).flatten(), size
+    return InverseDFT(kept, matrices)
+
+
+def _real_products(wave: "ndarray", signs: "ndarray") -> "ndarray":
+    """Complex matrices (..., n, k), of which `signs` says whose coefficient is conjugated, as real ones
+    (..., 2, n, k, 2)."""
+    import numpy as np
+
+    real = np.stack([wave.real, -wave.imag * signs], axis=-1)
+    imaginary = np.stack([wave.imag, wave.real * signs], axis=-1)
+    return np.stack([real, imaginary], axis=-4)
+
+
+def _multiply(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
+    """Applies a chain of products to ordered coefficients (B, 2K, M), M being `others`: samples (B, N or 2N, M)."""
+    count = int(x.shape[1]) * others
+    for matrix in matrices:
+        batches, rows, columns = matrix.shape
+        x = x.reshape(-1, batches, columns, count // (batches * columns))
+        x = torch.matmul(torch.tensor(matrix, dtype=x.dtype), x)
+        count = count // columns * rows
+    return x.reshape(-1, count // others, others)
+
+
+@torch.jit.unused  # scripts never come here
+def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
+    """:func:`.traced.weight_matrices` for an exporter to ONNX.
+
+    What does not depend on the gains is computed from the parameters alone: a runtime does it once, when it loads.
+    """
+    index, tiles = spectrum.gain_map.index, spectrum.gain_map.tiles
+    # Numbers, which the tracing exporter's sizes are not.
+    rows, columns, count = int(index.shape[0]), int(columns), int(spectrum.coefficients.shape[1])
+    width = int(index.shape[1] * tiles.shape[1])
+    vertical, horizontal = inverse_dft(factors(rows)[::-1], False), inverse_dft(factors(columns), True)
+    horizontal.matrices[-1] /= math.sqrt(rows * columns)
+    order = torch.tensor(vertical.order)
+
+    table = gain_table(gains, math.sqrt(0.5))
+    by_tile = table.index_select(1, tiles.flatten()).reshape(-1, int(tiles.shape[0]), int(tiles.shape[1]))
+    # A whole number of tiles in each row: coefficients that are not there are zero, and are not taken below.
+    factor = by_tile.index_select(1, index.index_select(0, order).flatten()).reshape(-1, rows, 1, width)
+    parts = spectrum.coefficients.to(gains.dtype).index_select(0, order).transpose(1, 2)
+    half = F.pad(parts, [0, width - count]) * factor
+    lines = _multiply(half.reshape(-1, 2 * rows, width), vertical.matrices, width)
+    lines = lines.transpose(1, 2).index_select(1, torch.tensor(horizontal.order))
+    lines = lines.reshape(-1, 2 * len(horizontal.order), rows)
+    return _multiply(lines, horizontal.matrices, rows).transpose(1, 2)
+
 
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 2*pi*row*column/period, rounded once."""
     # Whole turns are dropped in integers, where they cost no precision. By a tensor: `%` takes no free size.
-    turns = torch.remainder(rows[:, None] * columns, torch.full([], period, device=rows.device))
+    turns = torch.remainder(rows[:, None] * columns, torch.full([1], period, device=rows.device))
     angle = turns.to(torch.float64) * (2 * math.pi / period)
     return torch.cos(angle).to(like), torch.sin(angle).to(like)
-
-
-def inverse_dft(real: Tensor, imaginary: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Inverse DFT along the second-to-last dimension, without a factor 1/size.
-
-    Args:
-        real: Real parts of the coefficients (..., K, M); those from K to `size` are zero.
-        imaginary: Imaginary parts.
-        size: Length of the transform.
-
-    Returns:
-        Real and imaginary parts (..., size, M).
-    """
-    count, others = real.shape[-2], real.shape[-1]
-    short = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    # Not -(-count // short): the tracing exporter divides integers towards zero.
-    long, used = size // short, (count + short - 1) // short
-    fine, coarse = torch.arange(short, device=real.device), torch.arange(long, device=real.device)
-    outer_cos, outer_sin = _waves(coarse, torch.arange(used, device=real.device), long, real)
-    twiddle_cos, twiddle_sin = _waves(coarse, fine, size, real)
-    inner_cos, inner_sin = _waves(fine, fine, short, real)
-
-    # Coefficient k = short*k2 + k1 and sample n = long*n1 + n2: a transform over k2, turns by k1*n2, another over k1.
-    batch = list(real.shape[:-2])
-    padding = [0, 0, 0, used * short - count]
-    real = F.pad(real, padding).reshape(batch + [used, short * others])
-    imaginary = F.pad(imaginary, padding).reshape(batch + [used, short * others])
-    real, imaginary = outer_cos @ real - outer_sin @ imaginary, outer_sin @ real + outer_cos @ imaginary
-    real, imaginary = (part.reshape(batch + [long, short, others]) for part in (real, imaginary))
-    turn_cos, turn_sin = twiddle_cos[..., None], twiddle_sin[..., None]
-    real, imaginary = real * turn_cos - imaginary * turn_sin, real * turn_sin + imaginary * turn_cos
-    real, imaginary = (part.transpose(-3, -2).reshape(batch + [short, long * others]) for part in (real, imaginary))
-    real, imaginary = inner_cos @ real - inner_sin @ imaginary, inner_sin @ real + inner_cos @ imaginary
-    return real.reshape(batch + [size, others]), imaginary.reshape(batch + [size, others])
-
-
-@torch.jit.unused  # scripts never come here
-def inverse_rfft2(spectrum: Tensor, columns: int) -> Tensor:
-    """`torch.fft.irfft2(..., norm="ortho")` of half spectra.
-
-    Args:
-        spectrum: Real and imaginary parts (B, R, C//2+1, 2).
-        columns: C.
-
-    Returns:
-        Real matrices (B, R, C).
-    """
-    rows = spectrum.shape[1]
-    # Every column but those which are their own mirror image stands for two.
-    mirror = torch.arange(columns // 2 + 1, device=spectrum.device) * 2 % columns == 0
-    weight = (2 - mirror.to(spectrum.dtype)) / math.sqrt(rows * columns)
-    real, imaginary = inverse_dft(spectrum[..., 0] * weight, spectrum[..., 1] * weight, rows)
-    real, _ = inverse_dft(real.transpose(1, 2), imaginary.transpose(1, 2), columns)
-    return real.transpose(1, 2).contiguous()
 
 
 @torch.jit.unused

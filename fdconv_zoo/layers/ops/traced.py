@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..fourier import gain_table, gather_gains, lines_to_rows
 from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_sides
-from .onnx import box_products, inverse_rfft2
+from . import onnx
 from .types import Gates, Geometry, Inputs, Spectrum, element_gate
 
 
@@ -32,12 +32,12 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     bank = spectrum.bank
     if bank is not None:
         return torch.matmul(gains, bank.to(gains.dtype).flatten(1)).view(-1, bank.shape[1], columns)
+    if for_onnx:
+        return onnx.weight_matrices(spectrum, gains, columns)
     # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
     table = gain_table(gains, math.sqrt(0.5))
     factors = gather_gains(table, spectrum.gain_map, columns // 2 + 1).unsqueeze(-1)
     half = spectrum.coefficients.to(gains.dtype) * factors
-    if for_onnx:
-        return inverse_rfft2(half, columns)
     lines = torch.fft.ifft(torch.view_as_complex(half), dim=1, norm="ortho").contiguous()
     return lines_to_rows(lines, columns)
 
@@ -125,7 +125,7 @@ def gated_weights(
     if local_input is not None and local_weight is not None:
         weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
     element = element_gate(gates, kernel_size)
-    weight = weight.view(batch, rows // kh, kh * columns)
+    weight = weight.reshape(batch, rows // kh, kh * columns)
     return weight if element is None else weight * element[:, None]
 
 
@@ -160,7 +160,7 @@ def modulate_bands(
     if mask_grid is None:
         lows = box_low_passes(exact, cutoffs, False)
     elif for_onnx:
-        lows = box_products(exact, grid_sides(exact, cutoffs, mask_grid))
+        lows = onnx.box_products(exact, grid_sides(exact, cutoffs, mask_grid))
     else:
         lows = grid_low_passes(exact, cutoffs, mask_grid)
     for i, low in enumerate(lows):
