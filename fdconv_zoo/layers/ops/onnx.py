@@ -96,8 +96,12 @@ def _real_products(wave: "ndarray", signs: "ndarray") -> "ndarray":
     return np.stack([real, imaginary], axis=-4)
 
 
-def _multiply(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
-    """Applies a chain of products to ordered coefficients (B, 2K, M), M being `others`: samples (B, N or 2N, M)."""
+def chain(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
+    """Applies a chain of products to ordered coefficients (B, 2K, M) with M `others`.
+
+    Returns:
+        Samples (B, N or 2N, M).
+    """
     count = int(x.shape[1]) * others
     for matrix in matrices:
         batches, rows, columns = matrix.shape
@@ -127,10 +131,10 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     factor = by_tile.index_select(1, index.index_select(0, order).flatten()).reshape(-1, rows, 1, width)
     parts = spectrum.coefficients.to(gains.dtype).index_select(0, order).transpose(1, 2)
     half = F.pad(parts, [0, width - count]) * factor
-    lines = _multiply(half.reshape(-1, 2 * rows, width), vertical.matrices, width)
+    lines = chain(half.reshape(-1, 2 * rows, width), vertical.matrices, width)
     lines = lines.transpose(1, 2).index_select(1, torch.tensor(horizontal.order))
     lines = lines.reshape(-1, 2 * len(horizontal.order), rows)
-    return _multiply(lines, horizontal.matrices, rows).transpose(1, 2)
+    return chain(lines, horizontal.matrices, rows).transpose(1, 2)
 
 
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,54 @@
 import io
+import math
 
 import onnxruntime
 import pytest
 import torch
 
 from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
-from fdconv_zoo.layers.ops.onnx import inverse_dft, inverse_rfft2
+from fdconv_zoo.layers.fourier import band_index, make_gain_map
+from fdconv_zoo.layers.ops import traced
+from fdconv_zoo.layers.ops.onnx import chain, factors, inverse_dft, weight_matrices
+from fdconv_zoo.layers.ops.types import Spectrum
 from tests.compare import randomise, relative_error
 
-SHAPES = [(1, 1), (7, 1), (1, 5), (2, 2), (3, 4), (12, 13), (251, 64), (64, 251), (96, 72), (512, 384)]
+SHAPES = [(1, 1), (7, 1), (1, 5), (2, 2), (3, 4), (12, 13), (251, 64), (64, 251), (96, 72), (105, 126), (512, 384)]
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.float64, 1e-13)])
-def test_inverse_rfft2(rows, columns, dtype, tolerance):
-    spectrum = torch.randn(2, rows, columns // 2 + 1, 2, dtype=dtype)
-    half = torch.view_as_complex(spectrum.double())
-    expected = torch.fft.irfft2(half, s=(rows, columns), norm="ortho")
-    actual = inverse_rfft2(spectrum, columns)
+def test_weights_are_those_of_the_fourier_transform(rows, columns, dtype, tolerance):
+    num_bands = min(8, rows * (columns // 2 + 1))
+    gain_map = make_gain_map(band_index(rows, columns, num_bands), num_bands, columns)
+    coefficients = torch.randn(rows, columns // 2 + 1, 2, dtype=torch.float64)
+    gains = torch.rand(2, num_bands, dtype=torch.float64) + 0.5
+    expected = traced.weight_matrices(Spectrum(coefficients, gain_map), gains, columns)
+    actual = weight_matrices(Spectrum(coefficients.to(dtype), gain_map), gains.to(dtype), columns)
     assert actual.dtype == dtype
-    assert actual.is_contiguous()
     assert relative_error(actual, expected) < tolerance
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 6), (4, 6), (6, 6), (5, 12), (3, 7), (7, 48)])
-def test_inverse_dft_takes_missing_coefficients_for_zero(count, size):
-    x = torch.randn(2, count, 3, dtype=torch.complex128)
-    real, imaginary = inverse_dft(x.real.contiguous(), x.imag.contiguous(), size)
-    expected = torch.fft.ifft(x, n=size, dim=1, norm="forward")
-    assert relative_error(torch.view_as_real(torch.complex(real, imaginary)), torch.view_as_real(expected)) < 1e-14
+@pytest.mark.parametrize("radices", [[1], [7], [2, 3], [3, 2], [4, 3, 5], [5, 2, 2], [2, 2, 2, 2], [3, 5]])
+@pytest.mark.parametrize("half", [False, True], ids=["complex", "real"])
+def test_a_chain_of_products_is_an_inverse_transform(radices, half):
+    size = math.prod(radices)
+    transform = inverse_dft(radices, half)
+    x = torch.randn(size // 2 + 1 if half else size, 3, dtype=torch.complex128)
+    parts = torch.view_as_real(x).transpose(1, 2)[transform.order].flatten(0, 1)[None]
+    made = chain(parts, transform.matrices, 3)
+    if half:
+        assert relative_error(made[0], torch.fft.irfft(x, n=size, dim=0, norm="forward")) < 1e-14
+    else:
+        expected = torch.fft.ifft(x, dim=0, norm="forward")
+        assert relative_error(made[0], torch.cat([expected.real, expected.imag])) < 1e-14
+
+
+@pytest.mark.parametrize("size", [1, 2, 13, 64, 251, 502, 1536, 2048])
+def test_factors_leave_no_large_composite(size):
+    parts = factors(size)
+    assert math.prod(parts) == size
+    assert all(part <= 32 or factors(part) == [part] for part in parts)
+    assert max(parts) <= 16 or size in (251, 502)
 
 
 FREE = {0: "batch", 2: "height", 3: "width"}
