@@ -102,11 +102,11 @@ def chain(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
     Returns:
         Samples (B, N or 2N, M).
     """
-    count = int(x.shape[1]) * others
+    count, dtype = int(x.shape[1]) * others, str(x.dtype).removeprefix("torch.")
     for matrix in matrices:
         batches, rows, columns = matrix.shape
         x = x.reshape(-1, batches, columns, count // (batches * columns))
-        x = torch.matmul(torch.tensor(matrix, dtype=x.dtype), x)
+        x = torch.matmul(torch.from_numpy(matrix.astype(dtype)).to(x.device), x)
         count = count // columns * rows
     return x.reshape(-1, count // others, others)
 
@@ -140,9 +140,37 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 2*pi*row*column/period, rounded once."""
     # Whole turns are dropped in integers, where they cost no precision. By a tensor: `%` takes no free size.
-    turns = torch.remainder(rows[:, None] * columns, torch.full([1], period, device=rows.device))
+    turns = torch.remainder(rows.unsqueeze(1) * columns, torch.full([1], period, device=rows.device))
     angle = turns.to(torch.float64) * (2 * math.pi / period)
     return torch.cos(angle).to(like), torch.sin(angle).to(like)
+
+
+@torch.jit.unused
+def weighted_low_passes(x: Tensor, factors: Tensor, cutoffs: list[tuple[int, int]]) -> Tensor:
+    """Sum of the low-passes of maps by boxes, each times its factor, with no size but those of the map.
+
+    Sizes derived from free ones cost an exporter most of its time. A low-pass is a circulant matrix for each axis.
+
+    Args:
+        x: Maps (B, C, H, W).
+        factors: Of the maps themselves, which are not in the sum, and of the n low-passes (B, n+1, H, W).
+        cutoffs: Limits as (numerator, denominator).
+    """
+    vertical, horizontal = (_low_pass_matrices(size, cutoffs, x) for size in (x.shape[2], x.shape[3]))
+    lows = torch.matmul(torch.matmul(vertical, x.unsqueeze(2)), horizontal)
+    return (lows * factors.narrow(1, 1, len(cutoffs)).unsqueeze(1)).sum(2)
+
+
+def _low_pass_matrices(size: int, cutoffs: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """Symmetric matrices (n, size, size) that keep the frequencies |k/size| below each cutoff."""
+    numerators, denominators = torch.tensor(cutoffs, device=like.device).unbind(1)
+    points = torch.arange(size, device=like.device)
+    whole = torch.full([1], size, device=like.device)
+    frequencies = torch.minimum(points, whole - points).unsqueeze(1)
+    kept = (frequencies * denominators < whole * numerators).to(torch.float64) / whole
+    response = (_waves(points, points, size, kept)[0] @ kept).to(like.dtype)
+    distances = torch.remainder(points.unsqueeze(1) - points, whole)
+    return response.index_select(0, distances.flatten()).reshape(size, size, -1).permute(2, 0, 1)
 
 
 @torch.jit.unused

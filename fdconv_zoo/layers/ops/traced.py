@@ -59,12 +59,12 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
     batch, channels, num_taps = pooled.shape[0], pooled.shape[1], weight.shape[2]
     padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
     # Slices and no unfold, which the tracing exporter to ONNX does not know, nor vmap its gradient.
-    taps = torch.stack([padded[:, i : padded.shape[1] - (num_taps - 1 - i)] for i in range(num_taps)], dim=1)
+    taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
     if kernel_width > 1:
-        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype)[:, None, None, :]
-        taps = (blocks * taps[:, None, :, :, None]).reshape(batch, kernel_width * num_taps, channels * kernel_width)
-    filters = weight.reshape(1, -1, kernel_width * num_taps)
-    return torch.bmm(filters.expand(batch, -1, -1), taps)
+        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype).view(kernel_width, 1, 1, kernel_width)
+        taps = blocks * taps.unsqueeze(1).unsqueeze(4)
+        taps = taps.reshape(batch, kernel_width * num_taps, channels * kernel_width)
+    return torch.matmul(weight.reshape(1, -1, kernel_width * num_taps), taps)
 
 
 def unfold(x: Tensor, geometry: Geometry) -> Tensor:
@@ -74,10 +74,11 @@ def unfold(x: Tensor, geometry: Geometry) -> Tensor:
     for i in range(kh):
         # Ends counted from the far side: a traced size is then in no doubt about what a slice holds.
         top, bottom = i * dilation[0], x.shape[2] - (kh - 1 - i) * dilation[0]
+        lines = x[:, :, top : bottom : stride[0]]
         row: list[Tensor] = []
         for j in range(kw):
             left, right = j * dilation[1], x.shape[3] - (kw - 1 - j) * dilation[1]
-            row.append(x[:, :, top : bottom : stride[0], left : right : stride[1]])
+            row.append(lines[:, :, :, left : right : stride[1]])
         rows.append(row[0].unsqueeze(2) if kw == 1 else torch.stack(row, dim=2))
     return torch.stack(rows, dim=1)
 
@@ -126,7 +127,7 @@ def gated_weights(
         weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
     element = element_gate(gates, kernel_size)
     weight = weight.reshape(batch, rows // kh, kh * columns)
-    return weight if element is None else weight * element[:, None]
+    return weight if element is None else weight * element.unsqueeze(1)
 
 
 def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
@@ -136,7 +137,7 @@ def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -
     out = convolve(x, weight.to(x.dtype), geometry)
     if filters is not None:
         # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
-        out = out * (2 * filters).to(x.dtype)[:, :, None, None]
+        out = out * (2 * filters).to(x.dtype).unsqueeze(2).unsqueeze(3)
     return out
 
 
@@ -157,6 +158,8 @@ def modulate_bands(
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     factors = band_factors(band_gates(exact, weight.to(exact.dtype), bias.to(exact.dtype)))
     modulated = factors[:, :1] * exact
+    if mask_grid is None and for_onnx:
+        return (modulated + onnx.weighted_low_passes(exact, factors, cutoffs)).to(x.dtype)
     if mask_grid is None:
         lows = box_low_passes(exact, cutoffs, False)
     elif for_onnx:

@@ -1,0 +1,70 @@
+"""ONNX files: written with their constants once, held to the standard, and opened by two runtimes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any], opset: int | None = None) -> None:
+    """Export a model in eval mode and check that the file is what ONNX allows.
+
+    Args:
+        model: The model.
+        x: An example of its input.
+        path: Of the file, which holds the weights too.
+        free: Dimensions of the input that are not those of the example, as `torch.onnx.export` takes them.
+        opset: Version of ONNX's operators; None for PyTorch's choice.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: The file breaks the standard.
+    """
+    import onnx
+    from onnx_ir.passes.common import (
+        CommonSubexpressionEliminationPass,
+        DeduplicateHashedInitializersPass,
+        LiftConstantsToInitializersPass,
+    )
+
+    program = torch.onnx.export(
+        model, (x,), dynamo=True, dynamic_shapes=(dict(free),), input_names=["input"], opset_version=opset,
+        verbose=False,
+        # Runtimes optimise the graph when they load it; PyTorch's optimiser takes time quadratic in its size.
+        optimize=False,
+    )  # fmt: skip
+    # Layers of one size have the same tables and matrices, and compute the same from the image's size.
+    for shared in (
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateHashedInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+    ):
+        shared(program.model)
+    program.save(path, external_data=False)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def open_onnxruntime(path: Path, threads: int = 0) -> Run:
+    """The file as a function, computed by ONNX Runtime on the CPU; 0 threads are its choice."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of every constant that it folds
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(output) for output in session.run(None, {"input": x.numpy()})]
+
+
+def open_openvino(path: Path, threads: int = 0) -> Run:
+    """The file as a function, computed by OpenVINO on the CPU in the file's own precision; 0 threads are its choice."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = core.compile_model(core.read_model(path), "CPU", settings)
+    return lambda x: [torch.from_numpy(output) for output in compiled(x.numpy(), share_inputs=False).values()]
