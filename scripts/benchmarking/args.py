@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
+from benchmarking.engines import ENGINES
 from common.command_line import check_device
 
 DESCRIPTION = """Measure what FDConv models cost beside their static twins: time, memory, parameters and MACs.
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   benchmark.py --preset table --compile                          the table of docs/performance.md
   benchmark.py --preset small-images --threads 1                 64 pixels, and what static stages save there
   benchmark.py --model resnet50_fdconv --mode eval train --batch-size 2 4 8 --threads 1 2
+  benchmark.py --model resnet50_fdconv --engines eager compile aotinductor onnxruntime openvino      docs/deploy.md
   benchmark.py --model convnext_tiny_fdconv --img-size 112 224 448 --batch-size 1 2 4 --plot cost.png
   benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
   benchmark.py --preset table --traffic bfloat16 --batch-size 64     kernels and bytes on a GPU, counted without one
@@ -83,6 +85,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="torch.compile too, beside eager, for both models of a pair")
     add(
+        "--engines",
+        nargs="+",
+        choices=ENGINES,
+        default=[],
+        help="what else runs both models of a pair in eval on a CPU, all in the same alternation: "
+        f"{', '.join(ENGINES)}. The file for ONNX Runtime and OpenVINO takes any batch and size of image",
+    )
+    add(
         "--compile-mode",
         default="default",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
@@ -144,6 +154,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--traffic counts one pass in eval: give one --batch-size, one --img-size and no --plot")
     if args.results_file.suffix != ".json":
         raise ValueError(f"--results-file must end in .json, got {args.results_file}")
+    if set(args.engines) - {"eager", "compile"} and (args.mode != ["eval"] or args.device != "cpu" or args.amp):
+        raise ValueError("--engines are for --mode eval on --device cpu without --amp")
     if args.reference and (args.device != "cpu" or args.amp):
         raise ValueError("--reference runs in full precision on the CPU: give --device cpu and no --amp")
     if args.cpu_time and args.device != "cpu":

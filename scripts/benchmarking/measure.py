@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from benchmarking.engines import deploy
 from benchmarking.memory import measure_peak, saved_for_backward
 from benchmarking.models import Pair, literal_model
 from benchmarking.report import Row
@@ -51,11 +52,15 @@ def measure(pair: Pair, batch_size: int, mode: str, threads: int, args: argparse
         if mode == "train":
             with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
                 saved[kind] = saved_for_backward(model, images)
-    if args.compile:
+    if args.compile or "compile" in args.engines:
         torch.compiler.reset()  # else the second shape of a model would be compiled for any shape
         for kind, model in models.items():
             compiled = torch.compile(model, dynamic=False, mode=args.compile_mode)
             passes["compile", kind] = make_pass(compiled, images, target, mode, args)
+    if args.engines:
+        for kind, model in models.items():
+            for engine, run in deploy(model, images, threads, args.engines).items():
+                passes[engine, kind] = run
     repeats, warmup = dict.fromkeys(passes, args.repeats), dict.fromkeys(passes, args.warmup)
     difference = None
     if args.reference and mode == "eval":

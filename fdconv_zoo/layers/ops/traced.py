@@ -61,7 +61,9 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
     # Slices and no unfold, which the tracing exporter to ONNX does not know, nor vmap its gradient.
     taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
     if kernel_width > 1:
-        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype).view(kernel_width, 1, 1, kernel_width)
+        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype).view(
+            kernel_width, 1, 1, kernel_width
+        )
         taps = blocks * taps.unsqueeze(1).unsqueeze(4)
         taps = taps.reshape(batch, kernel_width * num_taps, channels * kernel_width)
     return torch.matmul(weight.reshape(1, -1, kernel_width * num_taps), taps)

@@ -1,0 +1,84 @@
+"""A model made static for ``export.py``, and what that costs in accuracy."""
+
+import random
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_loader
+from timm.utils import accuracy
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from common.image_folders import FolderReader, find_split
+from common.images import ImageSet, ReadableImages, UnusableImagesError, collate_readable
+from fdconv_zoo import to_static
+
+BATCH_SIZE = 32
+
+
+def calibrate(model: nn.Module, root: Path, images: int, labelled: Dataset, config: dict[str, Any]) -> nn.Module:
+    """Make a model static with its weights at their mean over images, and print its accuracy before and after.
+
+    Args:
+        model: It becomes the static one.
+        root: Of the data set. The mean is over images of its split for training, where it has one.
+        images: How many, drawn at random.
+        labelled: To measure the accuracy on.
+        config: Preprocessing, as timm's loader takes it.
+
+    Raises:
+        UnusableImagesError: No image can be read.
+    """
+    reader = FolderReader(_folder(root))
+    # Drawn once for all: the same file comes out again.
+    reader.samples = random.Random(0).sample(reader.samples, min(images, len(reader)))
+    print(f"accuracy of the dynamic model, on {len(labelled):,} images ...", file=sys.stderr, flush=True)
+    dynamic = measure(model, labelled, config)
+    print(f"means over {len(reader):,} images of {reader.root} ...", file=sys.stderr, flush=True)
+    static = to_static(model, load(ImageSet(reader), config))
+    result = measure(static, labelled, config)
+    print(
+        f"{'':<10}{'top-1':>9}{'top-5':>9}   on {len(labelled):,} images, means over {len(reader):,} of {reader.root}"
+    )
+    for name, (top1, top5) in (("dynamic", dynamic), ("static", result)):
+        print(f"{name:<10}{top1:>9.3f}{top5:>9.3f}", flush=True)
+    return static
+
+
+def _folder(root: Path) -> Path:
+    for split in ("train", "validation"):
+        try:
+            return find_split(root, split)
+        except ValueError:
+            continue
+    return root
+
+
+def load(dataset: Dataset, config: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the images that can be read, preprocessed as for inference, and their labels."""
+    loader = create_loader(
+        ReadableImages(dataset), batch_size=BATCH_SIZE, num_workers=0, device=torch.device("cpu"), pin_memory=False,
+        persistent_workers=False, collate_fn=partial(collate_readable, channels=config["input_size"][0]), **config,
+    )  # fmt: skip
+    return ((images, target) for images, target in loader if len(images))
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, dataset: Dataset, config: dict[str, Any]) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in per cent.
+
+    Raises:
+        UnusableImagesError: No image can be read.
+    """
+    hits, count = torch.zeros(2), 0
+    for images, target in load(dataset, config):
+        hits += torch.stack(accuracy(model(images), target, topk=(1, 5))).flatten() * len(images)
+        count += len(images)
+    if not count:
+        raise UnusableImagesError("no image can be read")
+    top1, top5 = (hits / count).tolist()
+    return top1, top5
