@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 Run = Callable[[Tensor], list[Tensor]]
+# Inputs that ONNX wants to be vectors, by operator; the checker lets numbers pass, ONNX Runtime too.
+VECTORS = {"Expand": (1,), "Reshape": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Slice": (1, 2, 3, 4), "Pad": (1,)}
 
 
 def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any], opset: int | None = None) -> None:
@@ -21,10 +23,10 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any],
         opset: Version of ONNX's operators; None for PyTorch's choice.
 
     Raises:
-        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: The file breaks the standard.
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError: The file breaks the standard.
     """
-    import onnx
     from onnx_ir.passes.common import (
+        ClearMetadataAndDocStringPass,
         CommonSubexpressionEliminationPass,
         DeduplicateHashedInitializersPass,
         LiftConstantsToInitializersPass,
@@ -36,15 +38,36 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any],
         # Runtimes optimise the graph when they load it; PyTorch's optimiser takes time quadratic in its size.
         optimize=False,
     )  # fmt: skip
-    # Layers of one size have the same tables and matrices, and compute the same from the image's size.
-    for shared in (
+    # Layers of one size have the same tables and matrices, and compute the same from the image's size. Nodes carry the
+    # lines of code that they are from, with the paths of this machine.
+    for improve in (
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         DeduplicateHashedInitializersPass(),
         CommonSubexpressionEliminationPass(),
+        ClearMetadataAndDocStringPass(),
     ):
-        shared(program.model)
+        improve(program.model)
     program.save(path, external_data=False)
+    check_onnx(path)
+
+
+def check_onnx(path: Path) -> None:
+    """Hold a file to ONNX's standard: its checker with full inference of shapes, and what that lets pass.
+
+    Raises:
+        onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError: Names the node.
+    """
+    import onnx
+
     onnx.checker.check_model(path, full_check=True)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True).graph
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
+    ranks |= {constant.name: len(constant.dims) for constant in graph.initializer}
+    for node in graph.node:
+        for place in VECTORS.get(node.op_type, ()):
+            name = node.input[place] if place < len(node.input) else ""
+            if ranks.get(name, 1) != 1:
+                raise ValueError(f"{node.op_type} {node.name} takes {name} of {ranks[name]} dimensions, not a vector")
 
 
 def open_onnxruntime(path: Path, threads: int = 0) -> Run:

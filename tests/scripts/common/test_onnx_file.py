@@ -1,0 +1,104 @@
+"""ONNX files: within the standard, constants once, the same numbers in ONNX Runtime and OpenVINO."""
+
+import onnx
+import pytest
+import timm
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch.export import Dim
+
+import fdconv_zoo  # noqa: F401, registers the models
+from common.onnx_file import check_onnx, open_onnxruntime, open_openvino, write_onnx
+from fdconv_zoo import FDConv2d
+from tests.compare import randomise, relative_error
+from tests.models.base import stir
+
+RUNTIMES = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
+NARROW = dict(channels=(20, 24, 32, 40), layers=(1, 1, 1, 1), num_classes=7)
+CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(24, 32, 40, 48), num_classes=7)
+SWIN = dict(img_size=64, window_size=4, embed_dim=24, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4), num_classes=7)
+# The models of the cards, small and whole.
+CARDS = {
+    "resnet": ("resnet50_fdconv", NARROW),
+    "convnext": ("convnext_tiny_fdconv", CONVNEXT),
+    "swin": ("swin_tiny_fdconv", SWIN),
+    "resnet50": ("resnet50_fdconv", {}),
+    "convnext_tiny": ("convnext_tiny_fdconv", {}),
+    "swin_tiny": ("swin_tiny_fdconv", dict(img_size=64)),
+}
+FREE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def compare(model, path, shapes, dtype, tolerance):
+    """In each runtime, with the model in single precision."""
+    for load in RUNTIMES.values():
+        run = load(path, 1)
+        for shape in shapes:
+            x = torch.randn(shape).to(dtype)
+            (output,) = run(x)
+            assert output.dtype == dtype
+            assert relative_error(output, model(x.float())) < tolerance
+
+
+@torch.no_grad()
+def test_a_layer_in_both_runtimes(tmp_path):
+    layer, path = randomise(FDConv2d(18, 20, 3, stride=2, padding=1, num_bands=8)).eval(), tmp_path / "layer.onnx"
+    write_onnx(layer, torch.randn(2, 18, 12, 13), path, FREE)
+    compare(layer, path, [(2, 18, 12, 13), (1, 18, 7, 16), (3, 18, 20, 5)], torch.float32, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("free", [True, False], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize(("name", "kwargs"), CARDS.values(), ids=CARDS)
+@torch.no_grad()
+def test_models_in_both_runtimes(name, kwargs, free, precision, tmp_path):
+    model, path, dtype = stir(timm.create_model(name, **kwargs)).eval(), tmp_path / "m.onnx", getattr(torch, precision)
+    dims = FREE if "swin" not in name else {0: Dim.DYNAMIC}
+    shapes = [(2, 3, 64, 64)]
+    if free:
+        shapes += [(1, 3, 64, 64)] if "swin" in name else [(1, 3, 96, 64), (3, 3, 65, 131)]
+    expected = timm.create_model(name, **kwargs).eval()
+    expected.load_state_dict(model.state_dict())
+    write_onnx(model.to(dtype), torch.randn(shapes[0]).to(dtype), path, dims if free else {})
+    compare(expected, path, shapes, dtype, 1e-4 if precision == "float32" else 3e-2)
+
+
+@torch.no_grad()
+def test_constants_are_stored_once(tmp_path):
+    layers = [randomise(FDConv2d(64, 64, 1, num_bands=8)) for _ in range(3)]
+    model, path = nn.Sequential(*layers).eval(), tmp_path / "model.onnx"
+    write_onnx(model, torch.randn(2, 64, 3, 3), path, {0: Dim.DYNAMIC})
+    constants = onnx.load(path).graph.initializer
+    assert len({(tuple(c.dims), c.data_type, c.raw_data) for c in constants}) == len(constants)
+    assert not [node for node in onnx.load(path).graph.node if node.op_type == "Constant"]
+    # The spectra, of 64 x 33 complex numbers, and little beside them: no weight, no matrix of a whole size.
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert path.stat().st_size < 1.5 * parameters
+
+
+def save(path, nodes, constants=()):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 3]) for name in ("x", "y")]
+    graph = helper.make_graph(
+        nodes, "graph", ends[:1], ends[1:], [numpy_helper.from_array(torch.tensor(v).numpy(), k) for k, v in constants]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_what_breaks_the_standard_is_refused(tmp_path):
+    path = tmp_path / "m.onnx"
+    check_onnx(save(path, [helper.make_node("Expand", ["x", "shape"], ["y"])], [("shape", [1, 3])]))
+    with pytest.raises(ValueError, match="Expand wide takes shape of 0 dimensions, not a vector"):
+        check_onnx(save(path, [helper.make_node("Expand", ["x", "shape"], ["y"], name="wide")], [("shape", 3)]))
+    with pytest.raises(onnx.checker.ValidationError, match="No Op registered for Unknown"):
+        check_onnx(save(path, [helper.make_node("Unknown", ["x"], ["y"])]))
+    with pytest.raises(Exception, match="Reshape"):
+        check_onnx(save(path, [helper.make_node("Reshape", ["x", "shape"], ["y"])], [("shape", [[1, 3]])]))
