@@ -14,6 +14,8 @@ import torch
 
 import fdconv_zoo  # noqa: F401, registers the models
 from tests.compare import relative_error
+from tests.models.base import stir
+from tests.scripts.image_files import write_images
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
 SMALL = ["--num-classes", "5", "--img-size", "64", "--model-kwargs", "layers=(1,1,1,1)", "channels=(20,24,32,40)"]
@@ -70,6 +72,48 @@ def test_fixed_batch_and_size(export, tmp_path, capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines if line[0].isdigit()] == ["3 x 3 x 64 x 64"]
+
+
+@pytest.mark.parametrize("split", ["train", "."])
+def test_a_calibrated_static_model_with_its_accuracy(export, checkpoint, tmp_path, capsys, split):
+    model, weights = checkpoint
+    stir(model)
+    torch.save({"state_dict": model.state_dict()}, weights)
+    data = tmp_path / "data"
+    if split == "train":
+        write_images(data, *(f"train/{name}" for name in "abcde"), count=3)
+        write_images(data, *(f"val/{name}" for name in "abcde"))
+    else:
+        write_images(data, *"abcde")
+    output = tmp_path / "static.torchscript"
+    flags = ["--checkpoint", str(weights), "--static", "--calibrate", str(data), "--images", "4", "--fixed-size"]
+    export.main(["resnet18_fdconv", str(output), *flags, *SMALL])
+    lines = capsys.readouterr().out.splitlines()
+    where = data / "train" if split == "train" else data
+    assert f"on 10 images, means over 4 of {where}" in lines[0]
+    assert [line.split()[0] for line in lines[1:3]] == ["dynamic", "static"]
+    assert all(0 <= float(number) <= 100 for line in lines[1:3] for number in line.split()[1:])
+    program = torch.jit.load(output)
+    assert not [name for name, _ in program.named_parameters() if "spectrum" in name]
+
+
+def test_a_static_model_at_gates_of_one(export, checkpoint, tmp_path, capsys):
+    model, weights = checkpoint
+    output = tmp_path / "static.torchscript"
+    export.main(["resnet18_fdconv", str(output), "--checkpoint", str(weights), "--static", *SMALL])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(torch.jit.load(output)(x), model(x)) < 1e-4
+    with pytest.raises(SystemExit, match="resnet18 is static as it is: leave out --static"):
+        export.main(["resnet18", str(output), "--no-weights", "--static", *SMALL])
+
+
+def test_numbers_that_are_none_are_no_small_difference(export, tmp_path, monkeypatch):
+    outputs = iter([torch.full((1, 5), torch.nan), *[torch.zeros(9, 5)] * 9])
+    monkeypatch.setattr(export, "load_file", lambda path: lambda x: [next(outputs)[: len(x)]])
+    monkeypatch.setattr(export, "as_list", lambda output: [torch.zeros_like(output) + 1e-9])
+    with pytest.raises(SystemExit, match="largest relative difference nan, above"):
+        export.main(["resnet18_fdconv", str(tmp_path / "m.torchscript"), "--no-weights", *SMALL])
 
 
 def test_a_file_that_differs_does_not_replace_one_that_passed(export, tmp_path, monkeypatch):
@@ -136,6 +180,11 @@ def test_images_of_32_pixels_export_or_say_what_to_do(export, tmp_path, capfd):
         (["resnet18_fdconv", "m.bin"], r"m\.bin must end in one of \.onnx, \.pt2, \.torchscript"),
         (["resnet18_fdconf", "m.pt2"], "unknown model resnet18_fdconf, did you mean .*resnet18_fdconv"),
         (["resnet18_fdconv", "m.pt2", "--checkpoint", "nowhere.pth"], "there is no checkpoint nowhere.pth"),
+        (["resnet18_fdconv", "m.pt2", "--calibrate", "."], "--calibrate is for --static"),
+        (["resnet18_fdconv", "m.pt2", "--static", "--calibrate", "nowhere"], "there is no folder nowhere"),
+        (["resnet18_fdconv", "m.pt2", "--static", "--calibrate", ".", "--features"], "which --features have none of"),
+        (["resnet18_fdconv", "m.pt2", "--static", "--images", "0"], "--images 0: at least 1"),
+        (["resnet18_fdconv", "m.pt2", "--no-weights", "--static", "--calibrate", "."], "Found 0 images in"),
         (["resnet18_fdconv", "m.pt2", "--use-ema"], "--use-ema needs --checkpoint"),
         (["resnet18_fdconv", "m.pt2", "--opset", "18"], "--opset is for .onnx"),
         (["resnet18_fdconv", "m.pt2", "--no-weights", "--img-size", "0"], "--img-size takes one or two positive"),
@@ -167,5 +216,5 @@ def test_help_teaches():
     text = subprocess.run(
         [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, env=environment
     )
-    for word in ("examples:", "model:", "input:", "check:", ".onnx", ".pt2", ".torchscript"):
+    for word in ("examples:", "model:", "static:", "input:", "check:", ".onnx", ".pt2", ".torchscript"):
         assert word in text.stdout
