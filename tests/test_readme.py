@@ -16,7 +16,9 @@ def test_it_is_short():
     assert len(README.splitlines()) < 160
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/paper.md", "docs/performance.md", "docs/training.md", "docs/deploy.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/paper.md", "docs/performance.md", "docs/training.md", "docs/deploy.md"]
+)
 def test_links_within_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
     assert all(((ROOT / page).parent / link).exists() for link in links), links
