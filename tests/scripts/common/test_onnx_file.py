@@ -79,9 +79,11 @@ def test_constants_are_stored_once(tmp_path):
     constants = onnx.load(path).graph.initializer
     assert len({(tuple(c.dims), c.data_type, c.raw_data) for c in constants}) == len(constants)
     assert not [node for node in onnx.load(path).graph.node if node.op_type == "Constant"]
-    # The spectra, of 64 x 33 complex numbers, and little beside them: no weight, no matrix of a whole size.
+    # Parameters, and little beside them: no weight, no matrix of a whole size.
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert path.stat().st_size < 1.5 * parameters
+    assert sum(len(constant.raw_data) for constant in constants) < 1.25 * parameters
+    # Nor the lines of code that nodes are from.
+    assert b"fdconv.py" not in path.read_bytes()
 
 
 def save(path, nodes, constants=()):
