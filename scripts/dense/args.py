@@ -14,6 +14,7 @@ from common.training_recipe import check_optimizer
 DETECTION_HEADS = ("faster_rcnn", "mask_rcnn", "retinanet", "maskdino_instance")
 MASK_HEADS = ("mask_rcnn", "maskdino_instance")  # those of the detection heads that find masks
 SEGMENTATION_HEADS = ("upernet", "unet", "deeplabv3plus", "mask2former", "maskdino")
+POOLING_HEADS = ("upernet", "deeplabv3plus")  # they have a batch norm of images pooled to one place
 TRANSFORMERS_HEADS = ("mask2former", "maskdino", "maskdino_instance")
 EXAMPLES = """examples:
   # Faster R-CNN on COCO, on one machine with 8 GPUs
@@ -160,6 +161,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         parser.error(f"{args.head} needs {', '.join(missing)}")
     if args.head in SEGMENTATION_HEADS and args.num_classes is None:
         parser.error(f"{args.head} needs --num-classes")
+    if args.head in POOLING_HEADS and args.batch_size == 1:
+        parser.error(
+            f"{args.head} has a batch norm of images pooled to one place, which one image gives no statistics: "
+            "--batch-size 2 or more, or --head unet or mask2former"
+        )
     if args.mask_values and (len(args.mask_values) != args.num_classes or min(args.mask_values) < 0):
         parser.error(f"--mask-values {args.mask_values} must be --num-classes {args.num_classes} values, from 0 up")
     packages = ("transformers", "scipy") if args.head in TRANSFORMERS_HEADS else ()

@@ -17,6 +17,7 @@ from fdconv_zoo.layers import ksm
 SCRIPT = SCRIPTS / "train_dense.py"
 HEADS = {
     "upernet": ["--head", "upernet", "--lr", "0.1"],
+    "unet": ["--head", "unet", "--lr", "0.1"],
     "mask2former": ["--head", "mask2former", *SMALL_MASK2FORMER],
     "maskdino": ["--head", "maskdino", *SMALL_MASKDINO, "--opt", "adamw", "--lr", "0.001"],
     "maskdino_instance": ["--head", "maskdino_instance", *SMALL_MASKDINO, "--opt", "adamw", "--lr", "0.001"],
@@ -130,7 +131,7 @@ def test_resume_of_a_finished_run_changes_nothing(data, tmp_path, capsys):
     assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
-@pytest.mark.parametrize("head", ["upernet", "faster_rcnn"])
+@pytest.mark.parametrize("head", ["unet", "faster_rcnn"])
 def test_one_image_at_a_time_trains_by_the_running_statistics(head, data, tmp_path):
     ksm._warn_once.cache_clear()
     more = ["--batch-size", "1", "--limit-batches", "1", "--epochs", "1"]
@@ -139,6 +140,12 @@ def test_one_image_at_a_time_trains_by_the_running_statistics(head, data, tmp_pa
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     means = [value for key, value in state.items() if key.endswith("ksm.norm.running_mean")]
     assert means and not any(mean.any() for mean in means)
+
+
+def test_heads_with_norms_of_pooled_images_refuse_one_image(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_dense.main([*options("upernet", data, tmp_path), "--batch-size", "1"])
+    assert "upernet has a batch norm of images pooled to one place" in capsys.readouterr().err
 
 
 def test_broken_checkpoint_is_one_line(data, tmp_path):
