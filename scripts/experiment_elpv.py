@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
 """Fine-tune ImageNet weights to find defects in photos of solar cells: a static model and the same one converted."""
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -13,13 +11,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from common.command_line import fail
 from common.demo_data import STATIC, create_demo_model
 from common.training_recipe import Recipe
 from common.wheels import wheel_file
+from experiments.elpv_data import WHEEL, guess_modules, read_cells
 from experiments.image_tensors import ImageTensors
 from experiments.runs import create_parser, experiment, parse_args
 
@@ -40,58 +38,7 @@ EXAMPLES = """examples:
   experiment_elpv.py --seeds 0 --epochs 1 --img-size 64 --results-file outputs/try.json
 
 The data set is CC-BY-NC-SA-4.0: not for commercial use. It is not part of this repository."""
-WHEEL = "elpv-dataset==1.0.0.post1"
-MODULE_CELLS = 60
 TEST_SHARE = 1 / 4
-
-
-def read_cells(folder: Path) -> tuple[Tensor, Tensor, list[str], str]:
-    """Read all photos.
-
-    Args:
-        folder: Of `labels.csv`, whose lines give a file, the probability of a defect, and `mono` or `poly`.
-
-    Returns:
-        Photos (N, 1, H, W) uint8, labels (N,) int64, 1 for a defect, the type of each cell, and a digest of all files.
-
-    Raises:
-        FileNotFoundError: There is no `labels.csv`; says how to install the data.
-        ValueError: A line or a photo is not what it should be.
-    """
-    table = folder / "labels.csv"
-    if not table.exists():
-        raise FileNotFoundError(f"no {table}: run `pip install {WHEEL}`, or give --data-dir")
-    digest = hashlib.sha256(table.read_bytes())
-    photos, labels, types = [], [], []
-    for number, line in enumerate(table.read_text().splitlines(), start=1):
-        try:
-            name, probability, cell_type = line.split()
-            labels.append(int(float(probability) >= 0.5))
-            photos.append(decode_image(folder / name, ImageReadMode.GRAY))
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{table}, line {number}: {error}") from error
-        digest.update((folder / name).read_bytes())
-        types.append(cell_type)
-    if len({photo.shape for photo in photos}) != 1:
-        raise ValueError(f"{table} has {len(photos)} photos of several sizes, or none")
-    return torch.stack(photos), torch.tensor(labels), types, digest.hexdigest()
-
-
-def guess_modules(types: Sequence[str]) -> Tensor:
-    """Module that each cell was cut from, as far as that can be known.
-
-    The data set does not say. Its files come module by module, and a module has cells of one type, mostly 60 of them:
-    runs of one type are cut into blocks of about 60, which gives 44 blocks, the number of modules that the authors
-    name (https://github.com/zae-bayern/elpv-dataset). A boundary may be some cells off.
-
-    Returns:
-        Block numbers (N,).
-    """
-    blocks: list[Tensor] = []
-    for _, run in groupby(types):
-        cells = torch.zeros(len(list(run)), dtype=torch.int64)
-        blocks += cells.tensor_split(max(1, round(len(cells) / MODULE_CELLS)))
-    return torch.cat([torch.full_like(block, number) for number, block in enumerate(blocks)])
 
 
 def split_modules(modules: Tensor, types: Sequence[str], seed: int) -> Tensor:

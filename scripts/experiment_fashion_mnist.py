@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Train a small ResNet from scratch on Fashion-MNIST with SGD: static, FDConv, and FDConv part by part."""
 
-import gzip
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torchvision.transforms import v2
 
 from common.command_line import fail
 from common.training_recipe import Recipe
+from experiments.fashion_data import FILES, FOLDER, read_split
 from experiments.image_tensors import ImageTensors
 from experiments.runs import create_parser, experiment, parse_args
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
@@ -58,44 +58,7 @@ EXAMPLES = """examples:
   experiment_fashion_mnist.py --variants static fdconv fdconv_official_scaling
   experiment_fashion_mnist.py --seeds 0 --epochs 1 --train-images 2000 --results-file outputs/try.json
   experiment_fashion_mnist.py --variants static fdconv --lr 0.1 --results-file outputs/lr0.1.json"""
-FILES = {split: (f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz") for split in ("train", "t10k")}
 NORMALIZE = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.286], [0.353])]
-
-
-def read_idx(path: Path) -> Tensor:
-    """Read a gzipped idx file of bytes: the format of MNIST, a header with the sizes and then the values.
-
-    Raises:
-        ValueError: It is none.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    dims = data[3] if data[:3] == b"\0\0\x08" else 0
-    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    if not dims or len(data) != 4 + 4 * dims + torch.Size(shape).numel():
-        raise ValueError(f"{path} is no idx file of bytes")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * dims).view(shape)
-
-
-def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) uint8 and labels (N,) int64 of `train` or `t10k`.
-
-    Raises:
-        FileNotFoundError: A file is missing; says how to install it.
-        ValueError: A file is not what it should be.
-    """
-    missing = [name for name in FILES[split] if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"no {missing[0]} in {folder}: run `apt-get install dataset-fashion-mnist` on Debian or Ubuntu, or give "
-            "--data-dir"
-        )
-    images, labels = (read_idx(folder / name) for name in FILES[split])
-    if images.dim() != 3 or len(images) != len(labels):
-        raise ValueError(f"{folder}: {list(images.shape)} {split} images and {list(labels.shape)} labels")
-    return images.unsqueeze(1), labels.long()
 
 
 class OfficialScaling(nn.Module):
@@ -148,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = create_parser("fashion_mnist", DESCRIPTION, EXAMPLES, list(VARIANTS))
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), metavar="DIR",
+        "--data-dir", type=Path, default=FOLDER, metavar="DIR",
         help="of the four .gz files (default: %(default)s, where the Debian package puts them)",
     )  # fmt: skip
     parser.add_argument(

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = parse_args(parser, argv)
         paths = args.image or wheel_file(*IMAGE), args.labels or wheel_file(*LABELS)
-        train_set, test_set = cut_tiles(*read_map(*paths), args.tile)
+        train_set, test_set, _ = cut_tiles(*read_map(*paths), args.tile)
         if args.save_tiles:
             for split, tiles in (("train", train_set), ("val", test_set)):
                 save_tiles(tiles, args.save_tiles / split, args.save_tiles / f"{split}_masks")

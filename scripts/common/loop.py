@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.optim import create_optimizer, create_schedule
 from common.training_recipe import Recipe
+from fdconv_zoo import modulation_parameters
 
 
 class DivergedError(RuntimeError):
@@ -79,6 +80,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         model = unwrap_model(self.task.get_trainable_module())
+        self._modulation = [parameter for _, parameter in modulation_parameters(model)]
         self.optimizer = create_optimizer(model, self.recipe, self.images_per_update)
         self.scheduler, self.epochs = create_schedule(self.optimizer, self.recipe, self.updates_per_epoch)
 
@@ -154,10 +156,24 @@ class Trainer:
                     loss = self.task(images, labels)["loss"] / passes
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        if self.recipe.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            parameters = self.task.get_clip_parameters(exclude_head=self.recipe.clip_mode == "agc")
-            dispatch_clip_grad(parameters, self.recipe.clip_grad, mode=self.recipe.clip_mode)
+        if self.progress.updates < (self.recipe.modulation_frozen_epochs or 0) * self.updates_per_epoch:
+            for parameter in self._modulation:
+                parameter.grad = None  # optimisers leave alone what has no gradient, decay included
+        self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return total
+
+    def _clip(self) -> None:
+        """Clip gradients as the recipe says, those of the modulation with the others or apart."""
+        mode, limit, own_limit = self.recipe.clip_mode, self.recipe.clip_grad, self.recipe.clip_modulation
+        if limit is None and own_limit is None:
+            return
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.task.get_clip_parameters(exclude_head=mode == "agc"))
+        if own_limit is not None and self._modulation:
+            dispatch_clip_grad(self._modulation, own_limit, mode=mode)
+            own = {id(parameter) for parameter in self._modulation}
+            parameters = [parameter for parameter in parameters if id(parameter) not in own]
+        if limit is not None:
+            dispatch_clip_grad(parameters, limit, mode=mode)

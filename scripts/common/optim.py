@@ -32,9 +32,15 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, static_lr_scale: float = 1.0
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    static_lr_scale: float = 1.0,
+    modulation_lr_scale: float | None = None,
+    modulation_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """timm's parameter groups, with a lower rate for what a converted model inherits from its static source.
+    """timm's parameter groups, with rates of their own for what a converted model inherits and for its modulation.
 
     FDConv's modulation (parameters of ``ksm`` and ``fbm`` modules) and the classifier start untrained and keep the
     full rate; all others, the Fourier weights among them, have ``lr_scale`` multiplied by ``static_lr_scale``.
@@ -45,27 +51,35 @@ def parameter_groups(
         weight_decay: Decay of all parameters but biases, norms and the model's own exceptions.
         layer_decay: Factor from each of timm's layer groups to the one below; ``None`` for one rate.
         static_lr_scale: Factor of the rate of inherited parameters, in (0, 1] as a rule.
+        modulation_lr_scale: Factor of the modulation's rate; ``None`` for 1.
+        modulation_weight_decay: Decay of the modulation's matrices; ``None`` for ``weight_decay``.
     """
     exceptions = getattr(model, "no_weight_decay", set)()
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exceptions)
     else:
         groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exceptions, layer_decay=layer_decay)
-    if static_lr_scale == 1:
+    if static_lr_scale == 1 and modulation_lr_scale is None and modulation_weight_decay is None:
         return groups
 
     new_parts = tuple(f"{name}." for name in classifier_names(model))
-    full_rate = {id(parameter) for _, parameter in modulation_parameters(model)}
-    full_rate |= {id(parameter) for name, parameter in model.named_parameters() if name.startswith(new_parts)}
+    modulation = {id(parameter) for _, parameter in modulation_parameters(model)}
+    new = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(new_parts)}
+    full_rate = modulation | new
     split: list[dict[str, Any]] = []
     for group in groups:
-        new = [parameter for parameter in group["params"] if id(parameter) in full_rate]
-        inherited = [parameter for parameter in group["params"] if id(parameter) not in full_rate]
-        scale = group.get("lr_scale", 1.0)
-        if new:
-            split.append({**group, "params": new, "lr_scale": scale})
-        if inherited:
-            split.append({**group, "params": inherited, "lr_scale": scale * static_lr_scale})
+        scale, decay = group.get("lr_scale", 1.0), group["weight_decay"]
+        own_decay = decay if modulation_weight_decay is None or not decay else modulation_weight_decay
+        members: dict[tuple[float, float], list[nn.Parameter]] = {}
+        # inherited ones last, as in the optimiser's state of earlier runs
+        for parameter in sorted(group["params"], key=lambda each: id(each) not in full_rate):
+            if id(parameter) in modulation:
+                kind = (1.0 if modulation_lr_scale is None else modulation_lr_scale, own_decay)
+            else:
+                kind = (1.0 if id(parameter) in new else static_lr_scale, decay)
+            members.setdefault(kind, []).append(parameter)
+        for (factor, own), parameters in members.items():
+            split.append({**group, "params": parameters, "lr_scale": scale * factor, "weight_decay": own})
     return split
 
 
@@ -81,7 +95,12 @@ def create_optimizer(model: nn.Module, recipe: Recipe, global_batch: int) -> Opt
     if lr is None:
         lr = scaled_learning_rate(recipe.lr_base, recipe.lr_base_size, global_batch, recipe.lr_base_scale)
     groups = parameter_groups(
-        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay, static_lr_scale=recipe.static_lr_scale
+        model,
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        static_lr_scale=recipe.static_lr_scale,
+        modulation_lr_scale=recipe.modulation_lr_scale,
+        modulation_weight_decay=recipe.modulation_weight_decay,
     )
     options = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_kwargs}
     given = {name: value for name, value in options.items() if value is not None}

@@ -38,9 +38,9 @@ def git_commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, its folder too."""
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a file whole or not at all, its folder too; without ``indent`` on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     draft.replace(path)

@@ -10,7 +10,7 @@ import timm.utils
 
 OPTIMISER = (
     "opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "opt_kwargs", "clip_grad", "clip_mode", "layer_decay",
-    "static_lr_scale",
+    "static_lr_scale", "modulation_lr_scale", "modulation_weight_decay", "modulation_frozen_epochs", "clip_modulation",
 )  # fmt: skip
 SCHEDULE = (
     "epochs", "lr", "lr_base", "lr_base_size", "lr_base_scale", "sched", "warmup_epochs", "warmup_lr", "min_lr",
@@ -70,6 +70,19 @@ class Recipe:
     static_lr_scale: float = field(
         default=1.0,
         metadata=_option("factor of the rate of all parameters but FDConv's modulation and the classifier", type=float),
+    )
+    modulation_lr_scale: float | None = field(
+        default=None, metadata=_option("factor of the rate of FDConv's modulation (default: none, 1)", type=float)
+    )
+    modulation_weight_decay: float | None = field(
+        default=None, metadata=_option("of the modulation's matrices (default: --weight-decay)", type=float)
+    )
+    modulation_frozen_epochs: float | None = field(
+        default=None, metadata=_option("epochs that the modulation is frozen for at first (default: none)", type=float)
+    )
+    clip_modulation: float | None = field(
+        default=None,
+        metadata=_option("clips the modulation's gradients apart from the others (default: all together)", type=float),
     )
 
     epochs: int = field(default=100, metadata=_option("epochs of the schedule, warm-up included", type=int))

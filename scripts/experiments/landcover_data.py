@@ -1,6 +1,7 @@
 """Land-cover tiles from two data wheels: a satellite picture of the earth and a map of what grows where."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,14 +74,33 @@ def read_map(image_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarra
     return np.asarray(image), group_of[classes]
 
 
-def is_validation(x: int) -> bool:
-    """Whether a column belongs to a validation strip: every fifth of 180 columns, 12 degrees."""
-    return (x // STRIP) % PERIOD == VALIDATION
+def strip_of(x: int) -> int:
+    """Strip of a column among `PERIOD` that take turns, each of 180 columns, 12 degrees."""
+    return (x // STRIP) % PERIOD
+
+
+class Split(NamedTuple):
+    """Tiles for training and for validation.
+
+    Attributes:
+        train: With augmentation.
+        validation: Without.
+        corners: Row and column of the first pixel of each validation tile (N, 2).
+    """
+
+    train: LandCoverTiles
+    validation: LandCoverTiles
+    corners: Tensor
 
 
 def cut_tiles(
-    image: np.ndarray, groups: np.ndarray, size: int, rows: tuple[int, int] = ROWS
-) -> tuple[LandCoverTiles, LandCoverTiles]:
+    image: np.ndarray,
+    groups: np.ndarray,
+    size: int,
+    rows: tuple[int, int] = ROWS,
+    validation: int = VALIDATION,
+    left_out: int | None = None,
+) -> Split:
     """Cut a grid of square tiles, for training and for validation; those that straddle a border are left out.
 
     Args:
@@ -88,26 +108,37 @@ def cut_tiles(
         groups: (H, W), uint8.
         size: Pixels a side.
         rows: First row, and the one after the last.
+        validation: Strips for validation, 0 to 4.
+        left_out: Strips for neither.
 
     Raises:
         ValueError: The map is too small for tiles of both kinds.
     """
-    split: dict[bool, list[tuple[slice, slice]]] = {False: [], True: []}
+    split: dict[str, list[tuple[int, int]]] = {"train": [], "validation": [], "left out": []}
+
+    def kind(x: int) -> str:
+        return {validation: "validation", left_out: "left out"}.get(strip_of(x), "train")
+
     for y in range(rows[0], min(rows[1], image.shape[0]) - size + 1, size):
         for x in range(0, image.shape[1] - size + 1, size):
-            if is_validation(x) == is_validation(x + size - 1):
-                split[is_validation(x)].append((slice(y, y + size), slice(x, x + size)))
-    if not all(split.values()):
+            if kind(x) == kind(x + size - 1):
+                split[kind(x)].append((y, x))
+    if not split["train"] or not split["validation"]:
         raise ValueError(f"no tiles of {size} pixels in a map of {image.shape[1]}x{image.shape[0]}, rows {rows}")
 
-    def stack(windows: list[tuple[slice, slice]]) -> tuple[Tensor, Tensor]:
+    def stack(corners: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        windows = [(slice(y, y + size), slice(x, x + size)) for y, x in corners]
         images = torch.from_numpy(np.stack([image[window] for window in windows])).permute(0, 3, 1, 2).contiguous()
         return images, torch.from_numpy(np.stack([groups[window] for window in windows])).long()
 
-    train, validation = stack(split[False]), stack(split[True])
+    train, validated = stack(split["train"]), stack(split["validation"])
     pixels = train[0].float()
     center, spread = pixels.mean((0, 2, 3))[:, None, None], pixels.std((0, 2, 3))[:, None, None]
-    return LandCoverTiles(*train, center, spread, True), LandCoverTiles(*validation, center, spread, False)
+    return Split(
+        LandCoverTiles(*train, center, spread, True),
+        LandCoverTiles(*validated, center, spread, False),
+        torch.tensor(split["validation"]),
+    )
 
 
 def save_tiles(tiles: LandCoverTiles, images: Path, masks: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiment_elpv import create_model, guess_modules, main, read_cells, split_modules
+from experiment_elpv import create_model, main, split_modules
+from experiments.elpv_data import guess_modules, read_cells
 
 # Runs of one cell type in the file order of elpv-dataset.
 RUNS = [("mono", 60), ("poly", 300), ("mono", 180), ("poly", 360), ("mono", 714), ("poly", 530), ("mono", 72)]

@@ -10,7 +10,7 @@ from torchvision.io import decode_image
 
 from common.wheels import wheel_file
 from experiment_landcover import create_model, main
-from experiments.landcover_data import GROUPS, LandCoverTiles, cut_tiles, is_validation, read_map
+from experiments.landcover_data import GROUPS, VALIDATION, LandCoverTiles, cut_tiles, read_map, strip_of
 from fdconv_zoo.convert import named_fd_layers
 
 ROWS, COLUMNS = 400, 900  # one period of strips; rows 300 to 396 hold one row of tiles of 96
@@ -44,6 +44,10 @@ def error_of(arguments):
     return message
 
 
+def is_validation(x):
+    return strip_of(x) == VALIDATION
+
+
 def test_each_class_is_in_one_group():
     members = [index for group in GROUPS.values() for index in group]
     assert sorted(members) == list(range(17))
@@ -67,7 +71,7 @@ def test_tiles_that_straddle_a_border_are_left_out(size):
     """The picture holds the column of each pixel."""
     columns = np.arange(2700)
     image = np.stack([columns // 256, columns % 256, columns * 0], -1).astype(np.uint8)[None].repeat(size, 0)
-    train, validation = cut_tiles(image, np.zeros(image.shape[:2], np.uint8), size, rows=(0, size))
+    train, validation, corners = cut_tiles(image, np.zeros(image.shape[:2], np.uint8), size, rows=(0, size))
     starts = []
     for tiles, wanted in ((train, False), (validation, True)):
         columns_of = tiles.images[:, 0].long() * 256 + tiles.images[:, 1]
@@ -77,11 +81,23 @@ def test_tiles_that_straddle_a_border_are_left_out(size):
         x for x in range(0, 2700 - size + 1, size) if len({is_validation(i) for i in range(x, x + size)}) == 2
     ]
     assert sorted(starts + straddling) == list(range(0, 2700 - size + 1, size))
+    assert corners.tolist() == [
+        [0, x] for x in validation.images[:, 0, 0, 0].long().mul(256).add(validation.images[:, 1, 0, 0]).tolist()
+    ]
+
+
+def test_strips_may_be_left_out():
+    """The picture holds the strip of each pixel."""
+    columns = np.arange(1800)
+    image = np.stack([columns // 180 % 5] * 3, -1).astype(np.uint8)[None].repeat(90, 0)
+    train, validation, _ = cut_tiles(image, image[..., 0], 90, rows=(0, 90), validation=4, left_out=2)
+    assert set(train.images.unique().tolist()) == {0, 1, 3}
+    assert set(validation.images.unique().tolist()) == {4}
 
 
 def test_rows_outside_of_the_range_are_not_used():
     image = np.arange(100, dtype=np.uint8)[:, None, None].repeat(900, 1).repeat(3, 2)
-    train, validation = cut_tiles(image, image[..., 0], 20, rows=(30, 90))
+    train, validation, _ = cut_tiles(image, image[..., 0], 20, rows=(30, 90))
     for tiles in (train, validation):
         assert tiles.images.unique().tolist() == list(range(30, 90))
         assert torch.equal(tiles.groups, tiles.images[:, 0].long())
