@@ -1,6 +1,7 @@
 """The public training loop: any model, any data sets, a recipe; what it does is what its parts do by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from train_runs import photos
 from common.fit import fit
 from common.loop import DivergedError, Trainer
 from common.training_recipe import Recipe
-from fdconv_zoo import FDConv2d
+from fdconv_zoo import FDConv2d, modulation_parameters
 
 SMALL = Recipe(batch_size=4, opt="momentum", lr=0.05, weight_decay=0.0, epochs=3, warmup_epochs=0)
 
@@ -75,6 +76,41 @@ def test_updates_are_those_of_torch_by_hand(crops):
         torch.empty((), dtype=torch.int64).random_()  # what the loader of an evaluation draws
     assert len(losses) == 45
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_modulation_stays_and_then_moves(crops):
+    recipe = replace(SMALL, epochs=1, weight_decay=0.1, modulation_frozen_epochs=0.5)
+    model = small_net()
+    before = {name: parameter.detach().clone() for name, parameter in modulation_parameters(model)}
+    spectrum, unmoved = model[3].fdw.spectrum.detach().clone(), []
+
+    def look(epoch, loss):
+        found = dict(modulation_parameters(model))
+        unmoved.append(all(torch.equal(found[name], before[name]) for name in before))
+
+    list(fit(model, *crops, recipe, seed=0, on_update=look))
+    assert unmoved == [True] * 8 + [False] * 7  # of 15 updates
+    assert not torch.equal(model[3].fdw.spectrum, spectrum)
+
+
+def test_modulation_is_clipped_apart(crops):
+    def first_step(**options):
+        recipe = replace(SMALL, opt="sgd", momentum=0.0, epochs=1, **options)
+        model, moved = small_net(), {}
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+        def look(epoch, loss):
+            for name, parameter in model.named_parameters():
+                moved.setdefault(name, (parameter.detach() - before[name]).norm().item())
+
+        list(fit(model, *crops, recipe, seed=0, on_update=look))
+        own = {f"3.{name}" for name, _ in modulation_parameters(model[3])}
+        return [math.hypot(*(moved[name] for name in moved if (name in own) == part)) for part in (True, False)]
+
+    modulation, others = first_step()
+    assert first_step(clip_modulation=modulation / 0.05 / 4) == [pytest.approx(modulation / 4, rel=1e-3), others]
+    apart = first_step(clip_modulation=100.0, clip_grad=others / 0.05 / 2)
+    assert apart == [pytest.approx(modulation, rel=1e-3), pytest.approx(others / 2, rel=1e-3)]
 
 
 def test_a_seed_repeats_and_another_does_not(crops):

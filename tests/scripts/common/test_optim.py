@@ -45,6 +45,15 @@ def test_inherited_parameters_get_the_lower_rate(model):
     assert found["bn1.weight"] == (0.1, 0)
 
 
+def test_modulation_has_a_rate_and_a_decay_of_its_own(model):
+    found = rates(model, "--static-lr-scale", "0.1", "--modulation-lr-scale", "0.3", "--modulation-weight-decay", "0.5")
+    assert found["layer1.0.conv1.ksm.heads.weight"] == (0.3, 0.5)
+    assert found["layer1.0.conv1.ksm.heads.bias"] == found["layer1.0.conv1.fbm.bias"] == (0.3, 0)
+    assert found["layer1.0.conv1.fdw.spectrum"] == (0.1, 0.05)
+    assert found["fc.weight"] == (1, 0.05)
+    assert rates(model, "--modulation-lr-scale", "0.3")["layer1.0.conv1.fdw.spectrum"] == (1, 0.05)
+
+
 def test_without_scales_the_groups_are_timms(model):
     assert {rate for rate, _ in rates(model).values()} == {1}
     assert len(parameter_groups(model, weight_decay=0.05)) == 2
