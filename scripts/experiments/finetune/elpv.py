@@ -47,10 +47,13 @@ class SolarCells:
 
     def __init__(self, img_size: int, full: bool = False) -> None:
         folder = wheel_file("elpv_dataset", "data/labels.csv", WHEEL).parent
-        self.photos, self.labels, types, digest = read_cells(folder)
+        photos, self.labels, types, digest = read_cells(folder)
         self.modules = guess_modules(types)
         self.folds = fold_modules(self.modules, types, FOLDS)
         self.size, self.full = [img_size, img_size], full
+        # a crop of three quarters of a larger photo has as many pixels as the network takes
+        self.larger = v2.functional.resize(photos, [img_size * 4 // 3] * 2)
+        self.photos = v2.functional.resize(photos, self.size)
         self.facts = {"labels.csv and photos in its order": digest}
 
     def data(self, phase: str, fold: int, seed: int) -> Data:
@@ -69,12 +72,10 @@ class SolarCells:
                 *PREPARE,
             ]
         )
-        resized = v2.functional.resize(self.photos, [self.size[0] * 4 // 3] * 2)
-        exact = v2.functional.resize(self.photos, self.size)
-        test_set = ImageTensors(exact[test], self.labels[test], v2.Compose(PREPARE))
+        test_set = ImageTensors(self.photos[test], self.labels[test], v2.Compose(PREPARE))
         return Data(
-            train=ImageTensors(resized[train], self.labels[train], augment),
-            plain=ImageTensors(exact[train], self.labels[train], v2.Compose(PREPARE)),
+            train=ImageTensors(self.larger[train], self.labels[train], augment),
+            plain=ImageTensors(self.photos[train], self.labels[train], v2.Compose(PREPARE)),
             curve=test_set,
             test=test_set,
             test_facts={"modules": self.modules[test].tolist()},

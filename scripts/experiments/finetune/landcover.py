@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.demo_data import STATIC, read_static_weights
 from common.wheels import wheel_file
-from experiments.finetune.tasks import Data, Outcome
+from experiments.finetune.tasks import TRUNK_STAGES, Data, Outcome
 from experiments.landcover_data import GROUPS, IMAGE, LABELS, VALIDATION, LandCoverTiles, cut_tiles, read_map
 
 # Strips to choose rates on; those of a claim are left out meanwhile.
@@ -57,6 +57,7 @@ class LandCover:
         )
         weights = read_static_weights()
         encoder = model.encoder.model
+        encoder.blocks = encoder.blocks[:TRUNK_STAGES]  # the others would be computed, and not looked at
         encoder.load_state_dict({key: weights[key] for key in encoder.state_dict()})
         # what starts untrained, to the parameter groups
         model.pretrained_cfg = {"classifier": ("decoder", "segmentation_head")}

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 
 from common.demo_data import STATIC, read_static_weights
 
-# MobileNetV2's stages up to a stride of 16.
-TRUNK_STAGES = 5
+# MobileNetV2 up to a stride of 16: four steps of two, five stages.
+TRUNK_STRIDES, TRUNK_STAGES = 4, 5
 Outcome = dict[str, Any]
 
 
@@ -69,5 +69,5 @@ def load_trunk(full: bool) -> nn.Module:
     model = timm.create_model(STATIC)
     model.load_state_dict(read_static_weights())
     if not full:
-        model.prune_intermediate_layers([TRUNK_STAGES - 1], prune_norm=True)
+        model.prune_intermediate_layers([TRUNK_STRIDES - 1])
     return model

@@ -95,7 +95,7 @@ def test_frozen_modulation_stays_and_then_moves(crops):
 
 def test_modulation_is_clipped_apart(crops):
     def first_step(**options):
-        recipe = replace(SMALL, opt="sgd", momentum=0.0, epochs=1, **options)
+        recipe = replace(SMALL, momentum=0.0, epochs=1, **options)
         model, moved = small_net(), {}
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
