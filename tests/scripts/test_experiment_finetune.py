@@ -43,7 +43,7 @@ def command(tmp_path, monkeypatch):
         "rates": [1e-3, 1e-2],
         "variants": {
             "static": {},
-            "static_long": {"epochs_scale": 2, "rate_of": "static"},
+            "static_long": {"as_long": True, "rate_of": "static"},
             "fourier": {"fourier": True, "rate_of": "static"},
             "fdconv": {"layer": {}},
         },
@@ -52,6 +52,7 @@ def command(tmp_path, monkeypatch):
                 "data": "shades",
                 "options": {},
                 "recipe": {},
+                "time_ratio": 2,
                 "tune": plan,
                 "claim": {"variants": ["static", "static_long", "fourier", "fdconv"], "seeds": [0, 1], "folds": [0, 1]},
             }

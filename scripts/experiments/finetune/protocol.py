@@ -21,14 +21,14 @@ class Variant:
         layer: Keyword arguments of FDConv2d; None leaves the network static.
         fourier: Static layers whose parameters are spectra: FDConv with its gates frozen at 1.
         recipe: What differs from the recipe that all share.
-        epochs_scale: Factor of the task's epochs.
+        as_long: Trains for as much time as `fdconv`, by the task's `time_ratio`.
         rate_of: Variant whose rate it takes; empty for one tuned for itself.
     """
 
     layer: dict[str, Any] | None = None
     fourier: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)
-    epochs_scale: float = 1
+    as_long: bool = False
     rate_of: str = ""
 
 
@@ -55,6 +55,7 @@ class TaskSettings:
         data: `elpv`, `fashion` or `landcover`.
         options: Keyword arguments of its class.
         recipe: What differs from the recipe that all tasks share.
+        time_ratio: Time of an update of `fdconv` over one of `static`.
         choice_epochs: Epochs of runs that choose a rate or a variant; None for those of a claim.
         rates_of: Task whose chosen rates it takes; empty for its own.
         tune: Runs that choose rates, each with every rate of the grid.
@@ -65,6 +66,7 @@ class TaskSettings:
     data: str
     options: dict[str, Any]
     recipe: dict[str, Any]
+    time_ratio: float = 1
     choice_epochs: int | None = None
     rates_of: str = ""
     tune: Plan | None = None
@@ -169,7 +171,8 @@ class Protocol:
         options = {**self.recipe, **settings.recipe, **chosen.recipe, "lr": rate}
         if phase != "claim" and settings.choice_epochs is not None:
             options["epochs"] = settings.choice_epochs
-        options["epochs"] = round(options["epochs"] * chosen.epochs_scale)
+        if chosen.as_long:
+            options["epochs"] = round(options["epochs"] * settings.time_ratio)
         return Recipe(**options)
 
     def chosen_rate(self, task: str, variant: str, fold: int) -> float:
