@@ -31,7 +31,7 @@ class FashionMnist:
         img_size: Side of the images, enlarged from 28 pixels.
     """
 
-    measures = ("accuracy",)
+    measures = ("accuracy", "quadratic score")
 
     def __init__(self, img_size: int) -> None:
         self.size = [img_size, img_size]
@@ -70,14 +70,17 @@ class FashionMnist:
         return model
 
     def outcome(self, outputs: Tensor, labels: Tensor, facts: dict[str, Any]) -> Outcome:
-        """Whether each answer is right, a digit an image."""
+        """Whether each answer is right, a digit an image, and each quadratic score (Brier's, the higher the better)."""
+        shares = outputs.softmax(1)
         right = (outputs.argmax(1) == labels).int().tolist()
-        return {"right": "".join(map(str, right))}
+        scores = 2 * shares.gather(1, labels[:, None])[:, 0] - shares.square().sum(1)
+        return {"right": "".join(map(str, right)), "quadratic": [round(score, 3) for score in scores.tolist()]}
 
     def measure(self, outcome: Outcome, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Accuracy."""
-        right = np.array(list(outcome["right"]), dtype=float)
-        return {"accuracy": weights @ right / weights.sum(1)}
+        """Accuracy and mean quadratic score."""
+        right, scores = np.array(list(outcome["right"]), dtype=float), np.array(outcome["quadratic"])
+        total = weights.sum(1)
+        return {"accuracy": weights @ right / total, "quadratic score": weights @ scores / total}
 
     def clusters(self, outcome: Outcome) -> np.ndarray:
         """Images."""

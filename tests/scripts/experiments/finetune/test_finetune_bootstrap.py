@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
 from experiments.finetune.bootstrap import Difference, draw_weights, paired_difference
 from experiments.finetune.elpv import SolarCells, weighted_auroc
+from experiments.finetune.fashion import FashionMnist
 from experiments.finetune.landcover import LandCover
 
 RANDOM = np.random.default_rng(0)
@@ -77,3 +79,15 @@ def test_verdicts():
     assert Difference(0.1, 0.01, 0.2).verdict == "ahead"
     assert Difference(-0.1, -0.2, -0.01).verdict == "behind"
     assert Difference(0.0, -0.1, 0.1).verdict == "undecided"
+
+
+def test_the_quadratic_score_is_briers():
+    task = FashionMnist.__new__(FashionMnist)
+    logits, labels = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    brier = (logits.softmax(1) - torch.eye(10)[labels]).square().sum(1)
+    found = task.outcome(logits, labels, {})
+    assert found["quadratic"] == pytest.approx((1 - brier).tolist(), abs=1e-3)
+    measures = task.measure(found, np.array([[1.0, 0, 0, 0, 3]]))
+    assert measures["quadratic score"][0] == pytest.approx((1 - brier[0] + 3 - 3 * brier[4]).item() / 4, abs=1e-3)
+    right = (logits.argmax(1) == labels).float()
+    assert measures["accuracy"][0] == pytest.approx(((right[0] + 3 * right[4]) / 4).item())
