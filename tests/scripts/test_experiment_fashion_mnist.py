@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiment_fashion_mnist import FILES, VARIANTS, create_model, main, read_idx, use_official_scaling
+from experiment_fashion_mnist import VARIANTS, create_model, main, use_official_scaling
+from experiments.fashion_data import FILES, read_idx
 from fdconv_zoo import FDConv2d
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.cost import count_parameters
