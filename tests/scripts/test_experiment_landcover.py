@@ -177,7 +177,7 @@ def test_missing_wheel_is_named():
 
 def test_saved_tiles_are_those_of_the_experiment(files, tmp_path):
     main(command(files, tmp_path / "results.json", "--save-tiles", str(tmp_path)))
-    train, validation = cut_tiles(*read_map(*files), 96)
+    train, validation, _ = cut_tiles(*read_map(*files), 96)
     for split, tiles in (("train", train), ("val", validation)):
         assert len(list((tmp_path / split).iterdir())) == len(tiles)
         for number, (image, groups) in enumerate(zip(tiles.images, tiles.groups, strict=True)):
