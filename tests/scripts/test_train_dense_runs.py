@@ -172,6 +172,6 @@ def test_samples_of_an_epoch_are_the_same_for_any_number_of_processes():
 
 def test_fewer_images_for_validation_than_processes_are_refused(data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
-    args = parse_args([*options("upernet", data, "unused"), "--batch-size", "1"])
+    args = parse_args([*options("unet", data, "unused"), "--batch-size", "1"])
     with pytest.raises(ValueError, match="5 images for validation are fewer than 6 processes"):
         train_dense.create_loaders(args, *train_dense.create_datasets(args), epoch=0)

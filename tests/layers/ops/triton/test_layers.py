@@ -41,6 +41,7 @@ QUICK = [
 def test_conv_matches_the_reference(name, calls):
     config = CONFIGS[name]
     layer, x = layer_and_input(config, torch.float32)
+    torch.manual_seed(1)  # directions of the gradient are drawn: under some of them the sum of a bias cancels
     assert_matches(layer.eval(), x, reference_of(layer, config), tol=2e-5)
     assert calls == ["forward", "backward"]
 
