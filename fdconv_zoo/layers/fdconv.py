@@ -82,7 +82,7 @@ class _FDLayer(HasStaticWeight):
             columns=in_channels * kernel_size[1],
             num_bands=num_bands,
             official_order=mask_grid is not None,
-            fan_in=in_channels * kernel_size[0] * kernel_size[1],
+            kernel_size=kernel_size,
             init_weights=init_weights,
             gain_maps=gain_maps,
             **factory,
@@ -175,6 +175,11 @@ class _FDLayer(HasStaticWeight):
             dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
                 return self._compute(x.to(dtype), by_kernels)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tells FDW of pickles from before it knew the kernel."""
+        super().__setstate__(state)
+        self.fdw.kernel_size = self.kernel_shape
 
     def _geometry(self) -> Geometry:
         return Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)

@@ -24,12 +24,12 @@ class KeptBank(NamedTuple):
     """Weight matrices of the groups, kept between calls.
 
     Attributes:
-        matrices: The bank (n, R, C).
+        weights: The bank (n, Cout*kh*kw, Cin).
         source: The spectrum it was made from.
         version: That of the spectrum's values.
     """
 
-    matrices: Tensor
+    weights: Tensor
     source: nn.Parameter
     version: int
 
@@ -46,7 +46,7 @@ class FDW(nn.Module):
         columns: Columns C = Cin*kw of the weight matrix.
         num_bands: Frequency groups n.
         official_order: See :func:`~fdconv_zoo.layers.fourier.band_index`.
-        fan_in: Inputs of one output, Cin*kh*kw, for the initialisation; C if it is not given.
+        kernel_size: (kh, kw).
         init_weights: False leaves the spectrum to be set.
         gain_maps: As for :meth:`init_non_persistent_buffers`.
         device: Device of the parameter.
@@ -66,7 +66,7 @@ class FDW(nn.Module):
         columns: int,
         num_bands: int = 64,
         official_order: bool = False,
-        fan_in: int | None = None,
+        kernel_size: tuple[int, int] = (1, 1),
         init_weights: bool = True,
         gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,
@@ -79,7 +79,7 @@ class FDW(nn.Module):
         self.num_bands = num_bands
         self.official_order = official_order
         self.kept_bank = None
-        self.fan_in = fan_in or columns
+        self.kernel_size = kernel_size
         self.spectrum = nn.Parameter(torch.empty(rows, columns // 2 + 1, 2, device=device, dtype=dtype))
         self.register_buffer("gain_index", None, persistent=False)
         self.register_buffer("gain_tiles", None, persistent=False)
@@ -87,6 +87,11 @@ class FDW(nn.Module):
         self.init_non_persistent_buffers(gain_maps, torch.empty(0, device=device).device)
         if init_weights:
             self._draw_matrix()
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one output, Cin*kh*kw."""
+        return self.columns * self.kernel_size[0]
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -180,8 +185,8 @@ class FDW(nn.Module):
         """
         gain_map = GainMap(self.gain_index, self.gain_tiles)
         with torch.inference_mode(False), torch.no_grad():
-            matrices = make_bank(self.spectrum, gain_map, self.num_bands, self.columns, dtype)
-        self.kept_bank = KeptBank(matrices, self.spectrum, self.spectrum._version)
+            weights = make_bank(self.spectrum, gain_map, self.num_bands, self.columns, self.kernel_size, dtype)
+        self.kept_bank = KeptBank(weights, self.spectrum, self.spectrum._version)
 
     @torch.jit.ignore
     def drop_bank(self) -> None:
@@ -195,7 +200,7 @@ class FDW(nn.Module):
             return None, -1
         if torch.is_grad_enabled() and self.spectrum.requires_grad:
             return None, -1
-        return kept.matrices, kept.version
+        return kept.weights, kept.version
 
     def forward(self) -> Spectrum:
         """The spectrum, the map of its gains, and the bank if one is kept and there is no gradient to compute."""

@@ -112,9 +112,10 @@ def column_scale(columns: int, device: torch.device | None = None, dtype: torch.
         Tensor (C//2+1,).
     """
     scale = torch.full((columns // 2 + 1,), math.sqrt(2), device=device, dtype=dtype)
-    scale[0] = 1
+    # No assignment of a number to an element: it is copied from the host, which a captured CUDA graph can't do.
+    scale[:1].fill_(1)
     if columns % 2 == 0:
-        scale[-1] = 1
+        scale[-1:].fill_(1)
     return scale
 
 

@@ -11,6 +11,7 @@ from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
 from fdconv_zoo.layers import FDW
+from fdconv_zoo.layers.fourier import matrix_to_weight
 from gpu_checks import reference
 from gpu_checks.reference import WeightArguments
 from gpu_checks.setup import Row, Setup, UnavailableError, dtype_name, exact_float32, largest_error, worst_of
@@ -62,7 +63,9 @@ MAPS = [
     MapShape(2, 130, 70, (7, 7), (1, 1), (2, 1)),
 ]
 BAND_MAPS = [(2, 5, 9, 16), (2, 17, 14, 14), (2, 33, 28, 28), (1, 3, 56, 56), (1, 2, 64, 33), (2, 1, 1, 1)]
-BANKS = [(64, 64, 64), (45, 33, 13), (128, 96, 16)]
+BANKS = [(64, 64, 64), (45, 33, 13), (192, 96, 16)]
+# By whether rows and columns have three positions each.
+KERNELS = {(False, False): (1, 1), (True, False): (3, 1), (False, True): (1, 3), (True, True): (3, 3)}
 GATES = [(2, 18, 16), (64, 4681, 128), (33, 100, 24)]
 
 
@@ -120,7 +123,10 @@ def weight_arguments(setup: Setup, shape: WeightShape, dtype: torch.dtype, from_
     """Random arguments; gates are slices of one tensor, as KSM makes them."""
     (kh, kw), positions = shape.kernel, shape.kernel[0] * shape.kernel[1]
     count = shape.groups if from_bank else shape.batch
-    source = setup.randn(count, shape.filters * kh, shape.channels * kw, dtype=dtype if from_bank else torch.float32)
+    if from_bank:
+        source = setup.randn(count, shape.filters * positions, shape.channels, dtype=dtype)
+    else:
+        source = setup.randn(count, shape.filters * kh, shape.channels * kw)
     sizes = [shape.groups, shape.channels, shape.filters, positions]
     gates = 2 * torch.rand(shape.batch, sum(sizes), device=setup.device)
     bands, channels, filters, by_position = gates.split(sizes, 1)
@@ -186,8 +192,8 @@ def check_bands(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> dic
     (adjoint,) = torch.autograd.grad(expected, wide, grad.double())
     factors = ops.grad_factors(grad, x, FRACTIONS).sum(1)
     return {
-        "gate_bands": largest_error(ops.gate_bands(x, logits, bias, FRACTIONS, False), expected.detach()),
-        "adjoint": largest_error(ops.gate_bands(grad, logits, bias, FRACTIONS, True), adjoint),
+        "gate_bands": largest_error(ops.gate_bands(x, logits, bias, FRACTIONS, False, True), expected.detach()),
+        "adjoint": largest_error(ops.gate_bands(grad, logits, bias, FRACTIONS, True, False), adjoint),
         "grad_factors": largest_error(factors, reference.grad_factors(grad.double(), x.double(), CUTOFFS)),
     }
 
@@ -213,12 +219,13 @@ def check_gates(setup: Setup, shape: tuple[int, int, int], dtype: torch.dtype) -
 def check_bank(setup: Setup, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
     """Errors of the bank (rows, columns, groups) and of its gradient, against a transform of each group."""
     rows, columns, groups = shape if not setup.small else (18, 12, 4)
-    fdw = FDW(rows, columns, groups, device=setup.device)
-    bank = torch.ops.fdconv_zoo.bank(fdw.spectrum, fdw.gain_index, fdw.gain_tiles, groups, columns, dtype)
+    fdw, kernel = FDW(rows, columns, groups, device=setup.device), KERNELS[rows % 3 == 0, columns % 3 == 0]
+    bank = torch.ops.fdconv_zoo.bank(fdw.spectrum, fdw.gain_index, fdw.gain_tiles, groups, columns, kernel, dtype)
     direction = setup.randn(*bank.shape, dtype=dtype)
     (grad,) = torch.autograd.grad(bank, fdw.spectrum, direction)
     wide = fdw.double()
-    expected = torch.stack([wide.group_matrix(group) for group in range(groups)])
+    matrices = torch.stack([wide.group_matrix(group) for group in range(groups)])
+    expected = matrix_to_weight(matrices.flatten(0, 1), kernel).flatten(2).mT.unflatten(0, (groups, -1)).flatten(1, 2)
     (wanted,) = torch.autograd.grad(expected, wide.spectrum, direction.double())
     return {"bank": largest_error(bank.detach(), expected.detach()), "bank_backward": largest_error(grad, wanted)}
 

@@ -30,9 +30,9 @@ class WeightArguments(NamedTuple):
 def plain_weights(arguments: WeightArguments, kernel_size: tuple[int, int], from_bank: bool) -> Tensor:
     """FDW's weights (B, Cout, kh*kw, Cin)."""
     kh, kw = kernel_size
-    matrices = arguments.source
     if from_bank:
-        matrices = torch.einsum("bn,nrc->brc", arguments.bands, matrices)
+        return torch.einsum("bn,nqc->bqc", arguments.bands, arguments.source).unflatten(1, (-1, kh * kw))
+    matrices = arguments.source
     batch, rows, columns = matrices.shape
     by_position = matrices.view(batch, rows // kh, kh, columns // kw, kw).permute(0, 1, 2, 4, 3)
     return by_position.reshape(batch, rows // kh, kh * kw, columns // kw)
@@ -67,9 +67,14 @@ def ungate(
     if arguments.positions is not None:
         by_row = by_row * arguments.positions[:, None, :, None]
     by_channel = arguments.channels[:, None, None]
-    grad_weights = (grad * 2 * half * by_row * by_channel).view(batch, num_filters, kh, kw, channels)
+    grad_weights = grad * 2 * half * by_row * by_channel
+    if from_bank:
+        grad_weights = grad_weights.flatten(1, 2)
+    else:
+        by_position = grad_weights.view(batch, num_filters, kh, kw, channels)
+        grad_weights = by_position.transpose(3, 4).reshape(batch, num_filters * kh, channels * kw)
     return (
-        grad_weights.transpose(3, 4).reshape(batch, num_filters * kh, channels * kw),
+        grad_weights,
         (product * by_row * by_channel * (1 - half)).flatten(1, 2),
         (product * by_channel).sum(3).flatten(1),
         (product * by_row).sum((1, 2)),

@@ -93,7 +93,7 @@ def measure(setup: Setup, shape: LayerShape, count: int) -> Row:
     others: dict[str, Callable[[], object]] = {
         "gated_weights": lambda: ops.gated_weights(*arguments, kernel, True, dtype),
         "bank": lambda: ops.bank(
-            spectrum, fdw.gain_index, fdw.gain_tiles, shape.groups, shape.channels * kernel[1], dtype
+            spectrum, fdw.gain_index, fdw.gain_tiles, shape.groups, shape.channels * kernel[1], kernel, dtype
         ),
         "ungate": lambda: ops.ungate(weights, *arguments, kernel, True),
     }

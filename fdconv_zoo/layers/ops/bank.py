@@ -6,13 +6,14 @@ Mixing is linear, so n transforms serve any number of samples. Groups are disjoi
 transform each way.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fourier import GainMap, column_scale, lines_to_rows
+from ..fourier import GainMap, column_scale
 from . import transforms
 
 # Elements of the matrices that are transformed at once.
@@ -26,88 +27,123 @@ def group_chunks(num_bands: int, elements: int) -> Iterator[slice]:
 
 
 def group_of_coefficients(gain_map: GainMap, num_bands: int, count: int) -> Tensor:
-    """Group of each coefficient (R, count), int64."""
-    tiles = (gain_map.tiles % num_bands).long()
+    """Group of each coefficient (R, count), int32."""
+    tiles = gain_map.tiles % num_bands
     return tiles[gain_map.index].flatten(1)[:, :count]
 
 
-def make_bank(coefficients: Tensor, gain_map: GainMap, num_bands: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Weight matrix of each group at a gain of one.
+def make_hermitian(spectra: Tensor, columns: int) -> Tensor:
+    """Takes from half spectra (n, R, C//2+1), in place, what no real matrix has: see :func:`drop_unpaired`.
+
+    It lies in the columns that are their own mirror image. A transform of both axes at once wants them to be right
+    before it.
+    """
+    for column in (0, columns // 2)[: 2 - columns % 2]:
+        line = spectra[:, :, column]
+        # Not the lazy conj(): within a call that torch.compile is set up in, add_ takes it as it was.
+        line.add_(line.flip(1).roll(1, 1).conj_physical()).mul_(0.5)
+    return spectra
+
+
+def make_bank(
+    coefficients: Tensor,
+    gain_map: GainMap,
+    num_bands: int,
+    columns: int,
+    kernel_size: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Weights of each group at a gain of one.
 
     Args:
         coefficients: Spectrum (R, C//2+1, 2), transformed in float32 at least.
         gain_map: Which gain each coefficient takes.
         num_bands: Groups n.
         columns: Columns C of the weight matrix.
+        kernel_size: (kh, kw).
         dtype: That of the result.
 
     Returns:
-        Bank (n, R, C).
+        Bank (n, Cout*kh*kw, Cin): unlike in the matrices, neighbours are channels, as the kernels of a GPU read them.
     """
     exact = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
     rows, count = exact.shape[:2]
-    half = torch.view_as_complex(exact.contiguous()) / column_scale(columns, exact.device, exact.dtype)
+    # The transform's own scale would be another pass over all groups.
+    scale = column_scale(columns, exact.device, exact.dtype) * math.sqrt(rows * columns)
+    half = torch.view_as_complex(exact.contiguous()) / scale
     groups = group_of_coefficients(gain_map, num_bands, count)
-    bank = exact.new_empty(num_bands, rows, columns, dtype=dtype)
+    kh, kw = kernel_size
+    bank = exact.new_empty(num_bands, rows // kh, kh, kw, columns // kw, dtype=dtype)
     for chunk in group_chunks(num_bands, rows * columns):
-        number = torch.arange(chunk.start, chunk.stop, device=groups.device)[:, None, None]
-        lines = torch.fft.ifft(torch.where(groups == number, half, 0), dim=1, norm="ortho")
-        bank[chunk] = lines_to_rows(lines, columns)
-    return bank
+        number = torch.arange(chunk.start, chunk.stop, dtype=torch.int32, device=groups.device)[:, None, None]
+        spectra = make_hermitian(torch.where(groups == number, half, 0), columns)
+        matrices = torch.fft.irfft2(spectra, s=(rows, columns), norm="forward")
+        bank[chunk] = matrices.unflatten(2, (-1, kw)).unflatten(1, (-1, kh)).movedim(4, 3)
+    return bank.flatten(1, 3)
 
 
-def bank_adjoint(grad: Tensor, gain_map: GainMap) -> Tensor:
-    """Gradient (R, C//2+1, 2) of the coefficients, given that of the bank (n, R, C); float32 at least."""
-    num_bands, rows, columns = grad.shape
+def bank_adjoint(grad: Tensor, gain_map: GainMap, kernel_size: tuple[int, int]) -> Tensor:
+    """Gradient (R, C//2+1, 2) of the coefficients, given that of :func:`make_bank`; float32 at least."""
+    num_bands, (kh, kw) = len(grad), kernel_size
+    by_position = grad.unflatten(1, (-1, kh, kw))
+    rows, columns = by_position.shape[1] * kh, grad.shape[2] * kw
     exact_dtype = torch.promote_types(grad.dtype, torch.float32)
     groups = group_of_coefficients(gain_map, num_bands, columns // 2 + 1)
     found = grad.new_zeros(groups.shape, dtype=exact_dtype.to_complex())
     for chunk in group_chunks(num_bands, rows * columns):
-        half = torch.fft.rfft2(grad[chunk].to(exact_dtype), norm="ortho")
+        matrices = by_position[chunk].movedim(3, 4).to(exact_dtype).reshape(-1, rows, columns)
+        half = torch.fft.rfft2(matrices)
         number = groups - chunk.start
-        own = half.gather(0, number.clamp(0, len(half) - 1)[None])[0]
+        own = half.gather(0, number.clamp(0, len(half) - 1).long()[None])[0]
         found = torch.where((number >= 0) & (number < len(half)), own, found)
-    return torch.view_as_real(found * column_scale(columns, grad.device, exact_dtype))
+    scale = column_scale(columns, grad.device, exact_dtype) / math.sqrt(rows * columns)
+    return torch.view_as_real(found * scale)
 
 
 # As an operator
 
 
 def bank_kernel(
-    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, kernel_size: list[int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """:func:`make_bank`."""
-    return make_bank(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns, dtype)
+    return make_bank(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns, tuple(kernel_size), dtype)
 
 
 def bank_fake(
-    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, kernel_size: list[int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """Empty tensor in the shape of the bank."""
-    return coefficients.new_empty(num_bands, len(coefficients), columns, dtype=dtype)
+    width = kernel_size[1]
+    return coefficients.new_empty(num_bands, len(coefficients) * width, columns // width, dtype=dtype)
 
 
 def bank_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps the gain map: the bank is linear in the coefficients."""
     coefficients, *gain_map = inputs[:3]
     ctx.save_for_backward(*gain_map)
-    ctx.dtype = coefficients.dtype
+    ctx.dtype, ctx.kernel_size = coefficients.dtype, inputs[5]
 
 
 def bank_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments."""
-    if transforms.needs_plain_gradients(grad):
-        found = bank_backward_kernel(grad, *ctx.saved_tensors, ctx.dtype)
-    else:
-        found = torch.ops.fdconv_zoo.bank_backward.default(grad, *ctx.saved_tensors, ctx.dtype)
-    return found, None, None, None, None, None
+    operator = torch.ops.fdconv_zoo.bank_backward.default
+    find = bank_backward_kernel if transforms.needs_plain_gradients(grad) else operator
+    return find(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.dtype), None, None, None, None, None, None
 
 
-def bank_backward_kernel(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
+def bank_backward_kernel(
+    grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, kernel_size: list[int], dtype: torch.dtype
+) -> Tensor:
     """:func:`bank_adjoint`, in the dtype of the coefficients."""
-    return bank_adjoint(grad, GainMap(gain_index, gain_tiles)).to(dtype)
+    return bank_adjoint(grad, GainMap(gain_index, gain_tiles), tuple(kernel_size)).to(dtype)
 
 
-def bank_backward_fake(grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, dtype: torch.dtype) -> Tensor:
+def bank_backward_fake(
+    grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, kernel_size: list[int], dtype: torch.dtype
+) -> Tensor:
     """Empty tensor in the shape of the coefficients' gradient."""
-    return grad.new_empty(grad.shape[1], grad.shape[2] // 2 + 1, 2, dtype=dtype)
+    width = kernel_size[1]
+    return grad.new_empty(grad.shape[1] // width, grad.shape[2] * width // 2 + 1, 2, dtype=dtype)

@@ -148,8 +148,9 @@ def wants_bank(inputs: Inputs, geometry: Geometry) -> bool:
 def with_bank(inputs: Inputs, geometry: Geometry) -> Spectrum:
     """The spectrum with its bank, through which its gradient then flows."""
     x, gates, spectrum = inputs
+    kernel_size, num_bands = geometry.kernel_size, gates.bands.shape[1]
     bank = torch.ops.fdconv_zoo.bank.default(
-        spectrum.coefficients, *spectrum.gain_map, gates.bands.shape[1], x.shape[1] * geometry.kernel_size[1], x.dtype
+        spectrum.coefficients, *spectrum.gain_map, num_bands, x.shape[1] * kernel_size[1], kernel_size, x.dtype
     )
     return spectrum._replace(coefficients=spectrum.coefficients.detach(), bank=bank)
 
@@ -348,7 +349,7 @@ def bands_on_gpu(
         return bands.forward(x, weight, bias, cutoffs, mask_grid, limits=limits.OTHER)
     from .triton import bands as triton_bands
 
-    return triton_bands.forward(x, weight, bias, cutoffs)
+    return triton_bands.forward(x, weight, bias, cutoffs, is_channels_last(x))
 
 
 def bands_backward_by(
@@ -381,13 +382,23 @@ def bands_backward_on_gpu(
         return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=limits.OTHER)
     from .triton import bands as triton_bands
 
-    grads = triton_bands.backward(grad, x, weight, bias, cutoffs, need_x)
-    return [value.contiguous() for value in grads]
+    *of_x, grad_weight, grad_bias = triton_bands.backward(
+        grad, x, weight, bias, cutoffs, need_x, channels_last=is_channels_last(x)
+    )
+    return [*of_x, grad_weight.contiguous(), grad_bias.contiguous()]
 
 
-def bands_fake(x: Tensor, *unused: Any) -> Tensor:
-    """Empty tensor in the shape of the output."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a map (B, C, H, W) is in channels_last and not, being small, in the contiguous format too."""
+    return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def bands_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, fused: bool
+) -> Tensor:
+    """Empty tensor in the shape of the output; Triton's kernels keep the memory format."""
+    is_kept = fused and triton.filters(x, mask_grid) and is_channels_last(x)
+    return torch.empty_like(x, memory_format=torch.channels_last if is_kept else torch.contiguous_format)
 
 
 def bands_backward_fake(
@@ -395,8 +406,8 @@ def bands_backward_fake(
     need_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Empty tensors in the shapes of the gradients."""
-    wanted = (x, weight, bias) if need_x else (weight, bias)
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted]
+    of_x = [bands_fake(x, weight, bias, cutoffs, mask_grid, fused)] if need_x else []
+    return [*of_x, *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (weight, bias))]
 
 
 def bands_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

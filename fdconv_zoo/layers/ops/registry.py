@@ -78,15 +78,15 @@ OPERATORS = {
         None,
     ),
     "bank": Operator(
-        "(Tensor coefficients, Tensor gain_index, Tensor gain_tiles, int num_bands, int columns, ScalarType dtype) -> "
-        "Tensor",
+        "(Tensor coefficients, Tensor gain_index, Tensor gain_tiles, int num_bands, int columns, int[] kernel_size, "
+        "ScalarType dtype) -> Tensor",
         {"default": bank.bank_kernel},
         bank.bank_fake,
         bank.bank_backward,
         bank.bank_setup,
     ),
     "bank_backward": Operator(
-        "(Tensor grad, Tensor gain_index, Tensor gain_tiles, ScalarType dtype) -> Tensor",
+        "(Tensor grad, Tensor gain_index, Tensor gain_tiles, int[] kernel_size, ScalarType dtype) -> Tensor",
         {"default": bank.bank_backward_kernel},
         bank.bank_backward_fake,
         refuse,

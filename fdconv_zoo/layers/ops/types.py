@@ -37,8 +37,8 @@ class Spectrum(NamedTuple):
     Attributes:
         coefficients: Parseval-scaled half spectrum (R, C//2+1, 2), in the dtype of the parameters.
         gain_map: Which gain each coefficient takes.
-        bank: The weight matrix of each group (n, R, C) in the dtype to convolve in, or None; where it is given, the
-            operators mix it instead of transforming each sample's spectrum.
+        bank: The weights of each group (n, Cout*kh*kw, Cin) in the dtype to convolve in, or None; where it is given,
+            the operators mix it instead of transforming each sample's spectrum.
         bank_version: Version of the coefficients that a kept bank was made from; it is not used where they changed.
             -1 for a bank that was made in this call.
     """

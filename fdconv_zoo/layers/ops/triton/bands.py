@@ -2,8 +2,8 @@
 
 Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 3.3)
 
-A low-pass is P_h x P_w with P a projection onto few frequencies, whose elements are a Dirichlet kernel of the distance:
-they are computed where they are used. A map is read once and written once. The gates' convolution is PyTorch's.
+A low-pass is P_h x P_w with P a projection onto few frequencies, whose elements are a Dirichlet kernel of the distance.
+A map is read once and written once. The gates' convolution is PyTorch's.
 """
 
 import torch
@@ -17,7 +17,30 @@ from .launch import kernel, next_block, precision_of
 
 
 @triton.jit
-def projection(size, kept, BLOCK: tl.constexpr):
+def rounded(value, PRECISION: tl.constexpr):
+    """Rounds to TF32 where products take it: they cut digits off, which would make all low-passes smaller."""
+    if PRECISION == "tf32":
+        return (value.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit
+def projections_kernel(
+    out, kept, height, width, BANDS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Both projections of each band: of columns (BLOCK_H, BLOCK_H), then of rows (BLOCK_W, BLOCK_W)."""
+    for band in tl.static_range(BANDS):
+        base = out + band * (BLOCK_H * BLOCK_H + BLOCK_W * BLOCK_W)
+        if tl.program_id(0) == 2 * band:
+            store_projection(base, height, kept[2 * band], PRECISION, BLOCK_H)
+        if tl.program_id(0) == 2 * band + 1:
+            store_projection(base + BLOCK_H * BLOCK_H, width, kept[2 * band + 1], PRECISION, BLOCK_W)
+
+
+@triton.jit
+def store_projection(out, size, kept, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
     """Projection (BLOCK, BLOCK) of `size` pixels onto the frequencies below kept / 2: cosines summed in closed form."""
     first, second = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     distance = tl.abs(first - second)
@@ -30,25 +53,17 @@ def projection(size, kept, BLOCK: tl.constexpr):
     on_diagonal = distance == 0
     value = tl.where(on_diagonal, functions.to(tl.float32), above / tl.where(on_diagonal, 1.0, below))
     inside = (first < size) & (second < size)
-    return tl.where(inside, value / size, 0.0)
+    tl.store(out + first * BLOCK + second, rounded(tl.where(inside, value / size, 0.0), PRECISION))
 
 
 @triton.jit
-def rounded(value, PRECISION: tl.constexpr):
-    """Rounds to TF32 where products take it: they cut digits off, which would make all low-passes smaller."""
-    if PRECISION == "tf32":
-        return (value.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
-    else:
-        return value
-
-
-@triton.jit
-def low_pass(maps, height, width, kept_rows, kept_columns, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr,
-             BLOCK_W: tl.constexpr):  # fmt: skip
+def low_pass(maps, projections, band, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """Low-pass of a map (BLOCK_H, BLOCK_W)."""
-    right = rounded(projection(width, kept_columns, BLOCK_W), PRECISION)
+    base = projections + band * (BLOCK_H * BLOCK_H + BLOCK_W * BLOCK_W)
+    rows, columns = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_W)
+    right = tl.load(base + BLOCK_H * BLOCK_H + columns[:, None] * BLOCK_W + columns[None, :])
     half = tl.dot(rounded(maps, PRECISION), right, input_precision=PRECISION)
-    left = rounded(projection(height, kept_rows, BLOCK_H), PRECISION)
+    left = tl.load(base + rows[:, None] * BLOCK_H + rows[None, :])
     return tl.dot(left, rounded(half, PRECISION), input_precision=PRECISION)
 
 
@@ -60,20 +75,20 @@ def load_gate(logits, offset, bias, inside):
 
 @triton.jit
 def modulate_kernel(
-    out, x, logits, bias, kept, channels, height, width, logit_batch, logit_band, logit_pixel,
+    out, x, logits, bias, projections, channels, height, width, x_batch, x_channel, x_row, x_column,
+    out_batch, out_channel, out_row, out_column, logit_batch, logit_band, logit_pixel,
     BANDS: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One channel of one sample: the sum of the map and its low-passes times their factors (Eq. 9).
 
     Low-passes are symmetric: the adjoint multiplies by the factors before them.
     """
-    program = tl.program_id(0)
+    sample, channel = (tl.program_id(0) // channels).to(tl.int64), tl.program_id(0) % channels
     rows, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_W)[None, :]
     inside = (rows < height) & (columns < width)
-    pixels, count = rows * width + columns, height * width
-    places = program.to(tl.int64) * count + pixels
+    places = sample * x_batch + channel.to(tl.int64) * x_channel + rows * x_row + columns * x_column
     maps = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    offset = (program // channels).to(tl.int64) * logit_batch + pixels * logit_pixel
+    offset = sample * logit_batch + (rows * width + columns) * logit_pixel
     gate = load_gate(logits, offset, tl.load(bias), inside)
     total = maps * gate
     for band in tl.static_range(BANDS):
@@ -81,22 +96,19 @@ def modulate_kernel(
             lower = load_gate(logits, offset + (band + 1) * logit_band, tl.load(bias + band + 1), inside)
         else:
             lower = tl.full((BLOCK_H, BLOCK_W), 1.0, tl.float32)
-        kept_rows, kept_columns = kept[2 * band], kept[2 * band + 1]
         if ADJOINT:
-            total += low_pass(
-                maps * (lower - gate), height, width, kept_rows, kept_columns, PRECISION, BLOCK_H, BLOCK_W
-            )
+            total += low_pass(maps * (lower - gate), projections, band, PRECISION, BLOCK_H, BLOCK_W)
         else:
-            total += low_pass(maps, height, width, kept_rows, kept_columns, PRECISION, BLOCK_H, BLOCK_W) * (
-                lower - gate
-            )
+            total += low_pass(maps, projections, band, PRECISION, BLOCK_H, BLOCK_W) * (lower - gate)
         gate = lower
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    target = sample * out_batch + channel.to(tl.int64) * out_channel + rows * out_row + columns * out_column
+    tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def grad_factors_kernel(
-    out, grad, x, kept, channels, height, width, channel_blocks,
+    out, grad, x, projections, channels, height, width, channel_blocks, x_batch, x_channel, x_row, x_column,
+    grad_batch, grad_channel, grad_row, grad_column,
     BANDS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Of one sample and CHANNELS channels, the sums over channels of the gradient times the map and its low-passes."""
@@ -108,14 +120,13 @@ def grad_factors_kernel(
     for part in tl.static_range(BANDS + 1):
         total = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
         for number in range(CHANNELS):
-            channel = block * CHANNELS + number
+            channel = (block * CHANNELS + number).to(tl.int64)
             inside = in_map & (channel < channels)
-            places = (sample * channels + channel) * count + pixels
+            places = sample * x_batch + channel * x_channel + rows * x_row + columns * x_column
             maps = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
             if part > 0:
-                maps = low_pass(
-                    maps, height, width, kept[2 * part - 2], kept[2 * part - 1], PRECISION, BLOCK_H, BLOCK_W
-                )
+                maps = low_pass(maps, projections, part - 1, PRECISION, BLOCK_H, BLOCK_W)
+            places = sample * grad_batch + channel * grad_channel + rows * grad_row + columns * grad_column
             total += maps * tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
         target = (program.to(tl.int64) * (BANDS + 1) + part) * count + pixels
         tl.store(out + target, total, mask=in_map)
@@ -135,27 +146,45 @@ def blocks(x: Tensor) -> dict[str, int | str]:
     return {"PRECISION": precision_of(x.dtype), "BLOCK_H": height, "BLOCK_W": width, "num_warps": warps}
 
 
-def gate_bands_fake(x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool) -> Tensor:
+def projections_of(x: Tensor, cutoffs: list[int]) -> Tensor:
+    """Projections of all bands, one after the other, as the kernels read them: made once, read by every program."""
+    sizes, bands = blocks(x), len(cutoffs) // 2
+    height, width = sizes["BLOCK_H"], sizes["BLOCK_W"]
+    out = x.new_empty(bands * (height**2 + width**2), dtype=torch.float32)
+    projections_kernel[(2 * bands,)](out, sizes_kept(x, cutoffs), *x.shape[2:], BANDS=bands, **sizes)
+    return out
+
+
+def gate_bands_fake(
+    x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool, channels_last: bool
+) -> Tensor:
     """Empty tensor in the shape of the result of :func:`gate_bands`."""
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@kernel("(Tensor x, Tensor logits, Tensor bias, int[] cutoffs, bool adjoint) -> Tensor", gate_bands_fake)
-def gate_bands(x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool) -> Tensor:
+@kernel(
+    "(Tensor x, Tensor logits, Tensor bias, int[] cutoffs, bool adjoint, bool channels_last) -> Tensor",
+    gate_bands_fake,
+)
+def gate_bands(
+    x: Tensor, logits: Tensor, bias: Tensor, cutoffs: list[int], adjoint: bool, channels_last: bool
+) -> Tensor:
     """Gates the bands of a map.
 
     Args:
-        x: Map (B, C, H, W), contiguous; for the adjoint, the gradient of the result.
+        x: Map (B, C, H, W), of any strides; for the adjoint, the gradient of the result.
         logits: Of the gates (B, n, H, W) without bias, contiguous or channels_last.
         bias: (n,).
         cutoffs: Numerators and denominators, one after the other, widest first.
         adjoint: Compute the gradient of the map, as far as it does not flow through the gates.
+        channels_last: Memory format of the result. So its neighbours are read 16 bytes at once by a convolution.
     """
-    out = torch.empty_like(x)
+    out = gate_bands_fake(x, logits, bias, cutoffs, adjoint, channels_last)
     batch, channels, height, width = x.shape
     modulate_kernel[(batch * channels,)](
-        out, x, logits, bias.contiguous(), sizes_kept(x, cutoffs), channels, height, width,
-        logits.stride(0), logits.stride(1), logits.stride(3), BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
+        out, x, logits, bias.contiguous(), projections_of(x, cutoffs), channels, height, width,
+        *x.stride(), *out.stride(), logits.stride(0), logits.stride(1), logits.stride(3),
+        BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
     )  # fmt: skip
     return out
 
@@ -176,8 +205,8 @@ def grad_factors(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
     """Gradients of the factors of a map and of its low-passes, in parts of their sums over channels.
 
     Args:
-        grad: Gradient (B, C, H, W) of the modulated map, contiguous.
-        x: The map, contiguous.
+        grad: Gradient (B, C, H, W) of the modulated map.
+        x: The map.
         cutoffs: As for :func:`gate_bands`.
 
     Returns:
@@ -186,7 +215,8 @@ def grad_factors(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
     out = grad_factors_fake(grad, x, cutoffs)
     batch, channels, height, width = x.shape
     grad_factors_kernel[(batch * out.shape[1],)](
-        out, grad, x, sizes_kept(x, cutoffs), channels, height, width, out.shape[1], BANDS=len(cutoffs) // 2,
+        out, grad, x, projections_of(x, cutoffs), channels, height, width, out.shape[1], *x.stride(),
+        *grad.stride(), BANDS=len(cutoffs) // 2,
         CHANNELS=CHANNELS, **blocks(x),
     )  # fmt: skip
     return out
@@ -199,15 +229,17 @@ def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     return logits if is_dense else logits.contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int]) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], channels_last: bool) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.modulate_bands` for maps that fit a program; the cutoffs are flat."""
-    return gate_bands(x.contiguous(), gate_logits(x, weight), bias, cutoffs, False)
+    return gate_bands(x, gate_logits(x, weight), bias, cutoffs, False, channels_last)
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], need_x: bool) -> list[Tensor]:
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], need_x: bool, channels_last: bool
+) -> list[Tensor]:
     """Gradients of the map, if needed, the weight and the bias of :func:`forward`, given that of its output."""
-    maps, slope, logits = x.contiguous(), grad.contiguous(), gate_logits(x, weight)
-    by_factor = grad_factors(slope, maps, cutoffs).sum(1)
+    logits = gate_logits(x, weight)
+    by_factor = grad_factors(grad, x, cutoffs).sum(1)
     gates = 2 * torch.sigmoid(logits.float() + bias.float()[:, None, None])
     grad_logits = (by_factor[:, :-1] - by_factor[:, 1:]) * gates * (1 - gates / 2)
     through_gates, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -217,4 +249,4 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: lis
     grads = [grad_weight.to(weight.dtype), grad_logits.sum((0, 2, 3)).to(bias.dtype)]
     if not need_x:
         return grads
-    return [gate_bands(slope, logits, bias, cutoffs, True).add_(through_gates), *grads]
+    return [gate_bands(grad, logits, bias, cutoffs, True, channels_last).add_(through_gates), *grads]

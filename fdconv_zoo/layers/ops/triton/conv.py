@@ -45,7 +45,7 @@ class Sources:
         return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
 
     def of(self, samples: slice) -> Tensor:
-        """The bank (n, R, C), or FDW's weights of samples (B, R, C)."""
+        """The bank (n, Cout*kh*kw, Cin), or FDW's weights of samples (B, R, C)."""
         return self.transform(self.gates.bands[samples]) if self.bank is None else self.bank
 
 
@@ -119,9 +119,7 @@ def backward(
     kernel_size = geometry.kernel_size
     sources = Sources(inputs, geometry)
     bank = sources.bank
-    grad_spectrum = None
-    if need_spectrum:
-        grad_spectrum = torch.zeros_like(spectrum.coefficients if bank is None else bank)
+    grad_spectrum = torch.zeros_like(spectrum.coefficients) if need_spectrum and bank is None else None
     parts: list[Gates] = []
     grad_x: list[Tensor] = []
     for samples in sources.chunks():
@@ -135,9 +133,10 @@ def backward(
             del weights
         grad_gated = grad_weight(slope, x[samples], *geometry)
         if chosen.local_input is None:
-            batch, num_filters, _, channels = grad_gated.shape
-            by_row = grad_gated.view(batch, num_filters, *kernel_size, channels).transpose(3, 4)
-            grad_mixed = by_row.reshape(batch, -1, sources.columns).to(source.dtype)
+            grad_mixed = grad_gated.flatten(1, 2).to(source.dtype)
+            if bank is None:
+                by_row = grad_mixed.unflatten(1, (-1, *kernel_size)).transpose(3, 4)
+                grad_mixed = by_row.reshape(len(by_row), -1, sources.columns)
             part = Gates(None, None, None, None, None, None)
         else:
             grad_mixed, part = grad_of_gates(grad_gated, source, chosen, kernel_size, bank is not None)
@@ -146,8 +145,12 @@ def backward(
             grad_bands = sources.transform.adjoint(grad_mixed, chosen.bands, grad_spectrum)
         else:
             grad_bands = grad_of_gains(grad_mixed, bank)
-            if grad_spectrum is not None:
-                grad_spectrum.flatten(1).addmm_(chosen.bands.mT.to(bank.dtype), grad_mixed.flatten(1))
+            if need_spectrum:
+                factors = chosen.bands.mT.to(bank.dtype), grad_mixed.flatten(1)
+                if grad_spectrum is None:
+                    grad_spectrum = torch.mm(*factors).view_as(bank)
+                else:
+                    grad_spectrum.flatten(1).addmm_(*factors)
         parts.append(part._replace(bands=grad_bands))
     per_sample = (
         None if values[0] is None else join(list(values)) for values in zip(*(p[:5] for p in parts), strict=True)
@@ -164,7 +167,7 @@ def backward(
 def grad_of_gates(
     grad: Tensor, source: Tensor, gates: Gates, kernel_size: tuple[int, int], from_bank: bool
 ) -> tuple[Tensor, Gates]:
-    """Gradients of FDW's weights (B, R, C), and of the gates but those of the bands, given that of the gated weights.
+    """Gradients of FDW's weights, and of the gates but those of the bands, given that of the gated weights.
 
     Args:
         grad: Gradient (B, Cout, kh*kw, Cin) of the gated weights.
@@ -197,7 +200,7 @@ def grad_of_gates(
 
 
 def grad_of_gains(grad: Tensor, bank: Tensor) -> Tensor:
-    """Gradient of the gains (B, n) in float32, given that of FDW's weights (B, R, C) and the bank (n, R, C).
+    """Gradient of the gains (B, n) in float32, given that of FDW's weights (B, Q, Cin) and the bank (n, Q, Cin).
 
     A product for each row, so that they fill the device: one product would sum millions in few programs.
     """

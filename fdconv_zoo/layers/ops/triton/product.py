@@ -1,5 +1,5 @@
 """Kernels that convolve each sample with its own weight, and their gradients: matrix products over patches that are
-never written.
+never written. Where there is nothing but a product of each sample's rows and its weight, cuBLAS computes it.
 
 Weights are (B, Cout, kh*kw, Cin). Maps may have any strides: channels_last, or a slice of a larger map.
 """
@@ -204,6 +204,18 @@ def blocks(filters: int, places: int, channels: int, summed: str, dtype: torch.d
     return {**sizes, "num_warps": 8 if accumulated > 4096 else 4}
 
 
+def are_rows(geometry: Geometry, *maps: Tensor) -> bool:
+    """Whether a convolution is a product of each map's rows of channels (B, H*W, C), as cuBLAS takes them."""
+    if geometry.kernel_size != (1, 1) or geometry.stride != (1, 1) or geometry.padding != (0, 0, 0, 0):
+        return False
+    return all(a.is_contiguous(memory_format=torch.channels_last) for a in maps)
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    """Rows (B, H*W, C) of maps (B, C, H, W) in channels_last, a view."""
+    return maps.movedim(1, -1).flatten(1, 2)
+
+
 def convolve_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: list[int], stride: list[int], padding: list[int],
     dilation: list[int], channels_last: bool,
@@ -228,6 +240,10 @@ def convolve(
         Output (B, Cout, Hout, Wout).
     """
     geometry = kernel_size, stride, padding, dilation
+    if channels_last and are_rows(Geometry(*map(tuple, geometry)), x):
+        rows = torch.bmm(rows_of(x), weight.squeeze(2).mT)
+        out = rows.unflatten(1, x.shape[2:]).movedim(-1, 1)
+        return out if bias is None else out.add_(bias.to(out.dtype)[:, None, None])
     out = convolve_fake(x, weight, bias, *geometry, channels_last)
     (batch, num_filters, out_height, out_width), num_channels = out.shape, x.shape[1]
     sizes = blocks(num_filters, out_height * out_width, num_channels, "BLOCK_C", x.dtype)
@@ -255,6 +271,8 @@ def grad_input(
 ) -> Tensor:  # fmt: skip
     """Gradient of the map x, which gives the shape alone, of :func:`convolve`, given that of its output."""
     geometry = kernel_size, stride, padding, dilation
+    if channels_last and are_rows(Geometry(*map(tuple, geometry)), grad):
+        return torch.bmm(rows_of(grad), weight.squeeze(2)).unflatten(1, x.shape[2:]).movedim(-1, 1)
     out = grad_input_fake(grad, weight, x, *geometry, channels_last)
     (batch, num_channels, height, width), num_filters = x.shape, weight.shape[1]
     sizes = blocks(num_filters, height * width, num_channels, "BLOCK_O", x.dtype)
@@ -279,6 +297,8 @@ def grad_weight(
 ) -> Tensor:
     """Gradient of the weights of :func:`convolve`, given that of its output."""
     geometry = kernel_size, stride, padding, dilation
+    if are_rows(Geometry(*map(tuple, geometry)), x, grad):
+        return torch.bmm(rows_of(grad).mT, rows_of(x)).unsqueeze(2)
     out = grad_weight_fake(grad, x, *geometry)
     (_, num_channels, height, width), (_, num_filters, out_height, out_width) = x.shape, grad.shape
     sizes = blocks(num_filters, out_height * out_width, num_channels, "BLOCK_P", x.dtype)

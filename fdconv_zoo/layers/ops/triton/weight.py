@@ -6,11 +6,12 @@ A gated weight is FDW's weight times the dense, position, channel and filter gat
 the bank of the groups' weights, a product of (B x n) and (n x weights), or read where each sample's spectrum was
 transformed. Nothing else is as large as the weights: the dense gate's logits, a sum over few taps, are made in place.
 
-Layouts: the bank (n, R, C) and FDW's weights (B, R, C) are matrices with R = Cout*kh and C = Cin*kw, as the transform
-yields them; gated weights are (B, Cout, kh*kw, Cin), as the convolution reads them.
+Layouts: the bank is (n, Cout*kh*kw, Cin), gated weights are (B, Cout, kh*kw, Cin), as the convolution reads them; FDW's
+weights (B, R, C) of samples are matrices with R = Cout*kh and C = Cin*kw, as the transform yields them.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,59 +20,108 @@ from torch import Tensor
 
 from .launch import kernel, next_block, precision_of
 
-# With these warps and blocks no register spills, for compute capability 9.0 and strides that 16 divides.
-WARPS = 8
+
+class Tile(NamedTuple):
+    """What a program computes.
+
+    Attributes:
+        samples: Samples at most.
+        channels: Channels at most.
+        rows: Rows, filters times positions, one after the other: what they share is loaded once.
+        warps: Its warps.
+    """
+
+    samples: int
+    channels: int
+    rows: int
+    warps: int
+
+
+# Measured on an H200, and without registers that spill there.
+GATED = Tile(64, 32, 16, 8)
+UNGATED = Tile(32, 32, 16, 8)
+
+
+@triton.jit
+def load_gains(
+    gains, samples, in_batch, gains_stride, num_bands, FROM_BANK: tl.constexpr, BAND_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gains of the samples, a tile (BLOCK_B, BLOCK_N) of each block of bands."""
+    tiles = ()
+    if FROM_BANK:
+        for block in tl.static_range(BAND_BLOCKS):
+            bands = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = in_batch[:, None] & (bands < num_bands)[None, :]
+            tiles = tiles + (tl.load(gains + samples[:, None] * gains_stride + bands[None, :], mask=inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def load_neighbours(
+    local_input, samples, in_batch, channels, num_channels, TAPS: tl.constexpr,
+):  # fmt: skip
+    """The dense gate's input at each tap, times -log2(e): tiles (BLOCK_B, BLOCK_C), shifted by a channel each."""
+    tiles = ()
+    for tap in tl.static_range(TAPS):
+        near = channels + (tap - TAPS // 2)
+        inside = in_batch[:, None] & ((near >= 0) & (near < num_channels))[None, :]
+        tile = tl.load(local_input + samples[:, None] * num_channels + near[None, :], mask=inside, other=0.0)
+        tiles = tiles + (tile * -1.4426950408889634,)
+    return tiles
 
 
 @triton.jit
 def mixed_weights(
-    source, gains, samples, in_batch, channels, in_channels, matrix_row, columns, matrix_size, column_offset,
-    gains_stride, num_bands, KERNEL_WIDTH: tl.constexpr, FROM_BANK: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    source, gains, samples, in_batch, channels, in_channels, row, num_channels, num_filters, num_bands,
+    KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, FROM_BANK: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, BAND_BLOCKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """FDW's weights (BLOCK_B, BLOCK_C) of samples and channels at one filter and kernel position."""
-    places = matrix_row * columns + channels * KERNEL_WIDTH + column_offset
+    """FDW's weights (BLOCK_B, BLOCK_C) of samples and channels in one row: at one filter and kernel position."""
+    POSITIONS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
+    size = num_filters * POSITIONS * num_channels
     if FROM_BANK:
         value = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-        for first in range(0, num_bands, BLOCK_N):
-            bands = first + tl.arange(0, BLOCK_N)
-            in_bands = bands < num_bands
-            gain = tl.load(
-                gains + samples[:, None] * gains_stride + bands[None, :],
-                mask=in_batch[:, None] & in_bands[None, :], other=0.0,
-            )  # fmt: skip
+        for block in tl.static_range(BAND_BLOCKS):
+            bands = block * BLOCK_N + tl.arange(0, BLOCK_N)
             weights = tl.load(
-                source + bands.to(tl.int64)[:, None] * matrix_size + places[None, :],
-                mask=in_bands[:, None] & in_channels[None, :], other=0.0,
+                source + bands.to(tl.int64)[:, None] * size + (row * num_channels + channels)[None, :],
+                mask=(bands < num_bands)[:, None] & in_channels[None, :], other=0.0,
             )  # fmt: skip
-            rounded = gain.to(weights.dtype)
+            rounded = gains[block].to(weights.dtype)
             value = tl.dot(rounded, weights, value, input_precision=PRECISION)
             if SPLIT:  # what rounding a gain to 16 bits left over, which all of a group's weights would share
-                value = tl.dot((gain - rounded.to(tl.float32)).to(weights.dtype), weights, value)
+                value = tl.dot((gains[block] - rounded.to(tl.float32)).to(weights.dtype), weights, value)
     else:
+        filter, position = row // POSITIONS, row % POSITIONS
+        matrix_row = filter * KERNEL_HEIGHT + position // KERNEL_WIDTH
+        places = (matrix_row * num_channels + channels) * KERNEL_WIDTH + position % KERNEL_WIDTH
         value = tl.load(
-            source + samples.to(tl.int64)[:, None] * matrix_size + places[None, :],
+            source + samples.to(tl.int64)[:, None] * size + places[None, :],
             mask=in_batch[:, None] & in_channels[None, :], other=0.0,
-        )  # fmt: skip
-    return value.to(tl.float32)
+        ).to(tl.float32)  # fmt: skip
+    return value
 
 
 @triton.jit
-def dense_gate(
-    local_input, local_weight, samples, in_batch, channels, num_channels, row, TAPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The dense gate without its factor of 2 (BLOCK_B, BLOCK_C): a sigmoid of a sum over neighbouring channels."""
-    logits = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    for tap in tl.static_range(TAPS):
-        near = channels + (tap - TAPS // 2)
-        inside = (near >= 0) & (near < num_channels)
-        pooled = tl.load(
-            local_input + samples[:, None] * num_channels + near[None, :],
-            mask=in_batch[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
-        logits += pooled * tl.load(local_weight + row * TAPS + tap)
-    return tl.sigmoid(logits)
+def inverse_gate(neighbours, local_weight, row, TAPS: tl.constexpr):
+    """What the weight is divided by for half its dense gate (BLOCK_B, BLOCK_C), a sigmoid of a sum over channels."""
+    logits = neighbours[0] * tl.load(local_weight + row * TAPS)
+    for tap in tl.static_range(1, TAPS):
+        logits += neighbours[tap] * tl.load(local_weight + row * TAPS + tap)
+    return 1 + tl.exp2(logits)
+
+
+@triton.jit
+def load_row_gates(
+    filter_gates, position_gates, samples, in_batch, row, filters_stride, positions_stride, POSITIONS: tl.constexpr
+):
+    """Filter times position gate of the samples in one row (BLOCK_B,)."""
+    gate = tl.load(filter_gates + samples * filters_stride + row // POSITIONS, mask=in_batch, other=0.0)
+    if POSITIONS > 1:
+        gate *= tl.load(position_gates + samples * positions_stride + row % POSITIONS, mask=in_batch, other=0.0)
+    return gate
 
 
 @triton.jit
@@ -79,42 +129,38 @@ def gated_weights_kernel(
     out, source, gains, channel_gates, filter_gates, position_gates, local_input, local_weight,
     batch, num_filters, num_channels, num_bands, gains_stride, channels_stride, filters_stride, positions_stride,
     KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, TAPS: tl.constexpr, FROM_BANK: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BAND_BLOCKS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One filter of a block of samples and channels; without gates, TAPS is 0."""
+    """ROWS rows of a block of samples and channels; without gates, TAPS is 0."""
     POSITIONS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     batch_blocks, channel_blocks = tl.cdiv(batch, BLOCK_B), tl.cdiv(num_channels, BLOCK_C)
     program = tl.program_id(0)
     # Blocks of samples first: they read the same part of the bank.
     samples = program % batch_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     channels = program // batch_blocks % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    filter = program // (batch_blocks * channel_blocks)
+    first = program // (batch_blocks * channel_blocks) * ROWS
     in_batch, in_channels = samples < batch, channels < num_channels
     inside = in_batch[:, None] & in_channels[None, :]
-    columns = num_channels * KERNEL_WIDTH
-    matrix_size = num_filters * KERNEL_HEIGHT * columns
+    rows = num_filters * POSITIONS
+    target = out + samples.to(tl.int64)[:, None] * rows * num_channels + channels[None, :]
+    own_gains = load_gains(gains, samples, in_batch, gains_stride, num_bands, FROM_BANK, BAND_BLOCKS, BLOCK_N)
+    neighbours = load_neighbours(local_input, samples, in_batch, channels, num_channels, TAPS)
     if TAPS > 0:
-        scale = tl.load(filter_gates + samples * filters_stride + filter, mask=in_batch, other=0.0)[:, None]
-        scale *= tl.load(channel_gates + samples[:, None] * channels_stride + channels[None, :], mask=inside, other=0.0)
-    for position in range(POSITIONS):
-        row = filter * POSITIONS + position
+        by_channel = 2 * tl.load(
+            channel_gates + samples[:, None] * channels_stride + channels[None, :], mask=inside, other=0.0
+        )
+    for row in range(first, tl.minimum(first + ROWS, rows)):
         value = mixed_weights(
-            source, gains, samples, in_batch, channels, in_channels, filter * KERNEL_HEIGHT + position // KERNEL_WIDTH,
-            columns, matrix_size, position % KERNEL_WIDTH, gains_stride, num_bands, KERNEL_WIDTH, FROM_BANK, SPLIT,
-            PRECISION, BLOCK_B, BLOCK_C, BLOCK_N,
+            source, own_gains, samples, in_batch, channels, in_channels, row, num_channels, num_filters, num_bands,
+            KERNEL_HEIGHT, KERNEL_WIDTH, FROM_BANK, SPLIT, PRECISION, BAND_BLOCKS, BLOCK_B, BLOCK_C, BLOCK_N,
         )  # fmt: skip
         if TAPS > 0:
-            gate = dense_gate(
-                local_input, local_weight, samples, in_batch, channels, num_channels, row, TAPS, BLOCK_B, BLOCK_C
+            by_row = load_row_gates(
+                filter_gates, position_gates, samples, in_batch, row, filters_stride, positions_stride, POSITIONS
             )
-            value *= 2 * gate * scale
-            if POSITIONS > 1:
-                value *= tl.load(position_gates + samples * positions_stride + position, mask=in_batch, other=0.0)[
-                    :, None
-                ]
-        target = out + samples.to(tl.int64)[:, None] * matrix_size + row * num_channels + channels[None, :]
-        tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+            value = value * by_row[:, None] * by_channel / inverse_gate(neighbours, local_weight, row, TAPS)
+        tl.store(target + row * num_channels, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -123,58 +169,71 @@ def ungate_kernel(
     grad_mixed, grad_logits, row_sums, channel_sums,
     batch, num_filters, num_channels, num_bands, gains_stride, channels_stride, filters_stride, positions_stride,
     KERNEL_HEIGHT: tl.constexpr, KERNEL_WIDTH: tl.constexpr, TAPS: tl.constexpr, FROM_BANK: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr, FILTERS: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BAND_BLOCKS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """FILTERS filters of a block of samples and channels: see :func:`ungate`."""
+    """ROWS rows of a block of samples and channels: see :func:`ungate`."""
     POSITIONS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     batch_blocks, channel_blocks = tl.cdiv(batch, BLOCK_B), tl.cdiv(num_channels, BLOCK_C)
     program = tl.program_id(0)
     samples = program % batch_blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     channel_block = program // batch_blocks % channel_blocks
     channels = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    filter_block = program // (batch_blocks * channel_blocks)
+    row_block = program // (batch_blocks * channel_blocks)
     in_batch, in_channels = samples < batch, channels < num_channels
     inside = in_batch[:, None] & in_channels[None, :]
-    columns = num_channels * KERNEL_WIDTH
-    matrix_size = num_filters * KERNEL_HEIGHT * columns
+    rows = num_filters * POSITIONS
+    offset = samples.to(tl.int64)[:, None] * rows * num_channels
+    own_gains = load_gains(gains, samples, in_batch, gains_stride, num_bands, FROM_BANK, BAND_BLOCKS, BLOCK_N)
+    neighbours = load_neighbours(local_input, samples, in_batch, channels, num_channels, TAPS)
     by_channel = tl.load(channel_gates + samples[:, None] * channels_stride + channels[None, :], mask=inside, other=0.0)
     sums = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    for number in range(FILTERS * POSITIONS):
-        row = filter_block * FILTERS * POSITIONS + number
-        filter, position = row // POSITIONS, row % POSITIONS
-        in_rows = in_batch & (filter < num_filters)
-        tile = in_rows[:, None] & in_channels[None, :]
-        matrix_row = filter * KERNEL_HEIGHT + position // KERNEL_WIDTH
-        column_offset = position % KERNEL_WIDTH
+    first = row_block * ROWS
+    for row in range(first, tl.minimum(first + ROWS, rows)):
         value = mixed_weights(
-            source, gains, samples, in_rows, channels, in_channels & (filter < num_filters), matrix_row, columns,
-            matrix_size, column_offset, gains_stride, num_bands, KERNEL_WIDTH, FROM_BANK, SPLIT, PRECISION, BLOCK_B,
-            BLOCK_C, BLOCK_N,
+            source, own_gains, samples, in_batch, channels, in_channels, row, num_channels, num_filters, num_bands,
+            KERNEL_HEIGHT, KERNEL_WIDTH, FROM_BANK, SPLIT, PRECISION, BAND_BLOCKS, BLOCK_B, BLOCK_C, BLOCK_N,
         )  # fmt: skip
-        # A row past the last one is masked by the number of samples, its weights by the row itself.
-        last = tl.minimum(row, num_filters * POSITIONS - 1)
-        gate = dense_gate(
-            local_input, local_weight, samples, in_batch, channels, num_channels, last, TAPS, BLOCK_B, BLOCK_C
+        gate = 1 / inverse_gate(neighbours, local_weight, row, TAPS)
+        by_row = load_row_gates(
+            filter_gates, position_gates, samples, in_batch, row, filters_stride, positions_stride, POSITIONS
         )
-        by_row = tl.load(filter_gates + samples * filters_stride + filter, mask=in_rows, other=0.0)
-        if POSITIONS > 1:
-            by_row *= tl.load(position_gates + samples * positions_stride + position, mask=in_batch, other=0.0)
-        offset = samples.to(tl.int64)[:, None] * matrix_size
-        in_layout = offset + row * num_channels + channels[None, :]
-        slope = tl.load(grad + in_layout, mask=tile, other=0.0).to(tl.float32)
-        product = slope * value * 2 * gate
+        places = offset + row * num_channels + channels[None, :]
+        slope = 2 * gate * tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        product = slope * value
         sums += product * by_row[:, None]
-        row_sum = tl.sum(product * by_channel, axis=1)
-        number_of_rows = num_filters * POSITIONS
-        places = (channel_block * batch + samples).to(tl.int64) * number_of_rows + row
-        tl.store(row_sums + places, row_sum, mask=in_rows)
+        in_sums = (channel_block * batch + samples).to(tl.int64) * rows + row
+        tl.store(row_sums + in_sums, tl.sum(product * by_channel, axis=1), mask=in_batch)
         scale = by_channel * by_row[:, None]
-        tl.store(grad_logits + in_layout, (product * scale * (1 - gate)).to(grad_logits.dtype.element_ty), mask=tile)
-        in_matrix = offset + matrix_row * columns + channels[None, :] * KERNEL_WIDTH + column_offset
-        tl.store(grad_mixed + in_matrix, (slope * 2 * gate * scale).to(grad_mixed.dtype.element_ty), mask=tile)
-    places = (filter_block * batch + samples).to(tl.int64)[:, None] * num_channels + channels[None, :]
-    tl.store(channel_sums + places, sums, mask=inside)
+        tl.store(grad_logits + places, (product * scale * (1 - gate)).to(grad_logits.dtype.element_ty), mask=inside)
+        if FROM_BANK:
+            in_mixed = places
+        else:
+            matrix_row = row // POSITIONS * KERNEL_HEIGHT + row % POSITIONS // KERNEL_WIDTH
+            in_matrix = (matrix_row * num_channels + channels[None, :]) * KERNEL_WIDTH + row % POSITIONS % KERNEL_WIDTH
+            in_mixed = offset + in_matrix
+        tl.store(grad_mixed + in_mixed, (slope * scale).to(grad_mixed.dtype.element_ty), mask=inside)
+    in_sums = (row_block * batch + samples).to(tl.int64)[:, None] * num_channels + channels[None, :]
+    tl.store(channel_sums + in_sums, sums, mask=inside)
+
+
+def layout(
+    tile: Tile, source: Tensor, bands: Tensor, local_weight: Tensor | None, shape: torch.Size, kernel_size: list[int],
+    from_bank: bool,
+) -> dict[str, int | str | bool]:  # fmt: skip
+    """What both kernels are compiled for, by their names for it, given the shape of the weights."""
+    num_bands = bands.shape[1]
+    block_n = next_block(num_bands, 16, 64)
+    # Exact products of float32 need more registers.
+    samples = min(tile.samples, 32) if from_bank and source.dtype == torch.float32 else tile.samples
+    return {
+        "BLOCK_B": next_block(shape[0], 16, samples), "BLOCK_C": next_block(shape[3], 16, tile.channels),
+        "ROWS": tile.rows, "num_warps": tile.warps,
+        "KERNEL_HEIGHT": kernel_size[0], "KERNEL_WIDTH": kernel_size[1],
+        "TAPS": 0 if local_weight is None else local_weight.shape[2], "FROM_BANK": from_bank,
+        "SPLIT": from_bank and source.dtype != torch.float32, "PRECISION": precision_of(source.dtype),
+        "BAND_BLOCKS": triton.cdiv(num_bands, block_n), "BLOCK_N": block_n,
+    }  # fmt: skip
 
 
 def gated_weights_fake(
@@ -183,9 +242,11 @@ def gated_weights_fake(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Empty tensor in the shape of the result of :func:`gated_weights`."""
-    rows, columns = source.shape[1:]
-    shape = len(bands), rows // kernel_size[0], math.prod(kernel_size), columns // kernel_size[1]
-    return source.new_empty(shape, dtype=dtype)
+    positions = math.prod(kernel_size)
+    num_filters, num_channels = source.shape[1] // positions, source.shape[2]
+    if not from_bank:
+        num_filters, num_channels = source.shape[1] // kernel_size[0], source.shape[2] // kernel_size[1]
+    return source.new_empty(len(bands), num_filters, positions, num_channels, dtype=dtype)
 
 
 GATES = "Tensor bands, Tensor? channels, Tensor? filters, Tensor? positions, Tensor? local_input, Tensor? local_weight"
@@ -200,7 +261,7 @@ def gated_weights(
     """Makes the gated weights of samples.
 
     Args:
-        source: The bank (n, R, C), or FDW's weights of the samples (B, R, C) in float32.
+        source: The bank (n, Cout*kh*kw, Cin), or FDW's weights of the samples (B, R, C) in float32.
         bands: Gains (B, n) in float32; their columns are adjacent, as those of all gates.
         channels: Channel gates (B, Cin), or None without KSM, as all the following.
         filters: Filter gates (B, Cout).
@@ -220,16 +281,10 @@ def gated_weights(
     batch, num_filters, _, num_channels = out.shape
     num_bands = bands.shape[1]
     strides = (row_stride(gate) for gate in (bands, channels, filters, positions))
-    largest = 32 if source.dtype == torch.float32 and from_bank else 64
-    block_b, block_c = next_block(batch, 16, largest), next_block(num_channels, 16, largest)
-    grid = (triton.cdiv(batch, block_b) * triton.cdiv(num_channels, block_c) * num_filters,)
-    gated_weights_kernel[grid](
+    sizes = layout(GATED, source, bands, local_weight, out.shape, kernel_size, from_bank)
+    gated_weights_kernel[(programs(out.shape, sizes),)](
         out, source, bands, channels, filters, positions, local_input, local_weight,
-        batch, num_filters, num_channels, num_bands, *strides,
-        KERNEL_HEIGHT=kernel_size[0], KERNEL_WIDTH=kernel_size[1],
-        TAPS=0 if local_weight is None else local_weight.shape[2], FROM_BANK=from_bank,
-        SPLIT=from_bank and source.dtype != torch.float32, PRECISION=precision_of(source.dtype), BLOCK_B=block_b,
-        BLOCK_C=block_c, BLOCK_N=next_block(num_bands, 16, 64), num_warps=WARPS,
+        batch, num_filters, num_channels, num_bands, *strides, **sizes,
     )  # fmt: skip
     return out
 
@@ -239,10 +294,11 @@ def row_stride(gate: Tensor | None) -> int:
     return 0 if gate is None else gate.stride(0)
 
 
-def ungate_blocks(batch: int, num_channels: int, positions: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Samples, channels and filters of a program of :func:`ungate`."""
-    largest = 32 if dtype == torch.float32 else 64
-    return next_block(batch, 16, 32), next_block(num_channels, 16, largest), max(1, 16 // positions)
+def programs(shape: torch.Size, sizes: dict[str, int | str | bool]) -> int:
+    """Programs for weights of a shape."""
+    batch, num_filters, num_positions, num_channels = shape
+    row_blocks = triton.cdiv(num_filters * num_positions, sizes["ROWS"])
+    return triton.cdiv(batch, sizes["BLOCK_B"]) * triton.cdiv(num_channels, sizes["BLOCK_C"]) * row_blocks
 
 
 def ungate_fake(
@@ -251,13 +307,13 @@ def ungate_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Empty tensors in the shapes of the results of :func:`ungate`."""
     batch, num_filters, num_positions, num_channels = grad.shape
-    _, block_c, block_filters = ungate_blocks(batch, num_channels, num_positions, source.dtype)
+    block_c = next_block(num_channels, 16, UNGATED.channels)
     rows = num_filters * num_positions
     return (
         source.new_empty(batch, *source.shape[1:]),
         grad.new_empty(batch, rows, num_channels),
         bands.new_empty(triton.cdiv(num_channels, block_c), batch, rows),
-        bands.new_empty(triton.cdiv(num_filters, block_filters), batch, num_channels),
+        bands.new_empty(triton.cdiv(rows, UNGATED.rows), batch, num_channels),
     )
 
 
@@ -284,7 +340,7 @@ def ungate(
         from_bank: Whether `source` is the bank.
 
     Returns:
-        Gradients of FDW's weights (B, R, C) in the dtype of `source`, and of the dense gate's logits
+        Gradients of FDW's weights in the layout and dtype of `source`, and of the dense gate's logits
         (B, Cout*kh*kw, Cin) in that of `grad`; and, in float32, parts of sums of the gradient times the weight without
         filter and position gates, over channels (parts, B, Cout*kh*kw), and without channel gates, over filters and
         positions (parts, B, Cin).
@@ -292,16 +348,12 @@ def ungate(
     results = ungate_fake(
         grad, source, bands, channels, filters, positions, local_input, local_weight, kernel_size, from_bank
     )
-    batch, num_filters, num_positions, num_channels = grad.shape
+    batch, num_filters, _, num_channels = grad.shape
     num_bands = bands.shape[1]
     strides = (row_stride(gate) for gate in (bands, channels, filters, positions))
-    block_b, block_c, block_filters = ungate_blocks(batch, num_channels, num_positions, source.dtype)
-    blocks = (triton.cdiv(batch, block_b), triton.cdiv(num_channels, block_c), triton.cdiv(num_filters, block_filters))
-    ungate_kernel[(math.prod(blocks),)](
+    sizes = layout(UNGATED, source, bands, local_weight, grad.shape, kernel_size, from_bank)
+    ungate_kernel[(programs(grad.shape, sizes),)](
         grad, source, bands, channels, filters, positions, local_input, local_weight, *results,
-        batch, num_filters, num_channels, num_bands, *strides,
-        KERNEL_HEIGHT=kernel_size[0], KERNEL_WIDTH=kernel_size[1], TAPS=local_weight.shape[2], FROM_BANK=from_bank,
-        SPLIT=from_bank and source.dtype != torch.float32, PRECISION=precision_of(source.dtype), BLOCK_B=block_b,
-        BLOCK_C=block_c, BLOCK_N=next_block(num_bands, 16, 64), FILTERS=block_filters, num_warps=WARPS,
+        batch, num_filters, num_channels, num_bands, *strides, **sizes,
     )  # fmt: skip
     return results

@@ -146,7 +146,7 @@ def test_kept_banks_are_used_and_given_up(monkeypatch):
         expected = layer(x)
         layer.fdw.keep_bank(torch.float32)
         assert relative_error(layer(x), expected) < 1e-5
-        kept = layer.fdw.kept_bank.matrices
+        kept = layer.fdw.kept_bank.weights
         kept.zero_()
         assert (layer(x) - layer.bias[:, None, None]).abs().max() == 0
         layer.fdw.spectrum.mul_(1)
