@@ -38,10 +38,11 @@ def make_hermitian(spectra: Tensor, columns: int) -> Tensor:
     It lies in the columns that are their own mirror image. A transform of both axes at once wants them to be right
     before it.
     """
-    for column in (0, columns // 2)[: 2 - columns % 2]:
-        line = spectra[:, :, column]
-        # Not the lazy conj(): within a call that torch.compile is set up in, add_ takes it as it was.
-        line.add_(line.flip(1).roll(1, 1).conj_physical()).mul_(0.5)
+    rows = spectra.shape[1]
+    lines = spectra[:, :, :: columns // 2] if columns % 2 == 0 else spectra[:, :, :1]
+    mirror = (rows - torch.arange(rows, device=spectra.device)) % rows
+    # Not the lazy conj(): within a call that torch.compile is set up in, add_ takes it as it was.
+    lines.add_(lines.index_select(1, mirror).conj_physical()).mul_(0.5)
     return spectra
 
 

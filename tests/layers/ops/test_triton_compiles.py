@@ -1,5 +1,6 @@
 """The kernels compile for a GPU without one, and keep their numbers in registers."""
 
+import math
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +21,8 @@ from fdconv_zoo.layers.ops.triton.launch import next_block  # noqa: E402
 HOPPER = GPUTarget("cuda", 90, 32)
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 EXACT = ("gains", "channel_gates", "filter_gates", "position_gates", "local_input", "local_weight")
-EXACT += ("row_sums", "channel_sums", "bias")
+EXACT += ("row_sums", "channel_sums", "bias", "projections")
 GEOMETRY = product.constants([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], torch.bfloat16)
-WEIGHTS = {"KERNEL_HEIGHT": 3, "KERNEL_WIDTH": 3, "TAPS": 5, "FROM_BANK": True, "BLOCK_N": 64}
 
 
 def spilled_bytes(kernel, dtype, constants, folder, exact=EXACT):
@@ -78,14 +78,13 @@ def precision(dtype):
 
 
 @by_dtype
-def test_weights(dtype, folder):
-    side = 32 if dtype == torch.float32 else 64
-    constants = {**WEIGHTS, "SPLIT": dtype != torch.float32, "PRECISION": precision(dtype), "num_warps": weight.WARPS}
-    forward = {**constants, "BLOCK_B": side, "BLOCK_C": side}
-    assert spilled_bytes(weight.gated_weights_kernel, dtype, forward, folder) == 0
-    block_b, block_c, filters = weight.ungate_blocks(64, 512, 9, dtype)
-    backward = {**constants, "BLOCK_B": block_b, "BLOCK_C": block_c, "FILTERS": filters}
-    assert spilled_bytes(weight.ungate_kernel, dtype, backward, folder) == 0
+@pytest.mark.parametrize("kernel_size", [[3, 3], [1, 1]])
+def test_weights(kernel_size, dtype, folder):
+    bank, bands = torch.empty(64, 512 * math.prod(kernel_size), 512, dtype=dtype, device="meta"), torch.empty(64, 64)
+    shape = torch.Size([64, 512, math.prod(kernel_size), 512])
+    for kernel, tile in ((weight.gated_weights_kernel, weight.GATED), (weight.ungate_kernel, weight.UNGATED)):
+        sizes = weight.layout(tile, bank, bands, torch.empty(1, 1, 5), shape, kernel_size, from_bank=True)
+        assert spilled_bytes(kernel, dtype, sizes, folder) == 0
 
 
 @by_dtype
@@ -101,7 +100,9 @@ def test_products(kernel, summed, dtype, folder):
     constants = {**GEOMETRY, "PRECISION": precision(dtype), **product.blocks(512, 784, 512, summed, dtype)}
     if "HAS_BIAS" in kernel.arg_names:
         constants["HAS_BIAS"] = True
-    assert spilled_bytes(kernel, dtype, constants, folder) == 0
+    # The weight's gradient was the fastest on an H200 with steps so long that it spills a little.
+    limit = 104 if kernel is product.grad_weight_kernel else 0
+    assert spilled_bytes(kernel, dtype, constants, folder) <= limit
 
 
 @by_dtype
@@ -112,12 +113,13 @@ def test_bands(side, dtype, folder):
         pytest.skip("such maps are left to PyTorch's operations")
     x = torch.empty(1, 1, side, side, dtype=dtype)
     for kernel, more in (
+        (bands.projections_kernel, {}),
         (bands.modulate_kernel, {"ADJOINT": False}),
         (bands.modulate_kernel, {"ADJOINT": True}),
         (bands.grad_factors_kernel, {"CHANNELS": bands.CHANNELS}),
     ):
         constants = {"BANDS": 3, **more, **bands.blocks(x)}
-        exact = (*EXACT, "out") if "CHANNELS" in more else EXACT
+        exact = EXACT if kernel is bands.modulate_kernel else (*EXACT, "out")
         limits = {14: 32, 28: 528 if dtype == torch.float32 else 96, 56: 1024}
         assert spilled_bytes(kernel, dtype, constants, folder, exact) <= limits[side]
 

@@ -1,6 +1,7 @@
 """What a pass would move on a GPU: whole models within their limits, and each kernel's bytes by formula."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -98,13 +99,14 @@ def test_each_kernel_of_the_backward_pass():
         with Counting("cuda") as counting:
             ops.grad_input(grad, weight, x, *geometry, False)
             ops.grad_weight(grad, x, *geometry)
-            ops.ungate(weight, fake(bands, filters * 3, channels * 3), *gates, *local, [3, 3], True)
+            ops.ungate(weight, fake(bands, filters * positions, channels), *gates, *local, [3, 3], True)
             ops.grad_factors(x, x, [1, 4, 1, 8])
     found = counting.traffic.bytes
     maps, outputs, weights = 2 * x.numel(), 2 * grad.numel(), 2 * weight.numel()
     assert found["fdconv_zoo.grad_input.default"] == outputs + weights + 2 * maps  # the map, for its shape
     assert found["fdconv_zoo.grad_weight.default"] == outputs + maps + weights
     small = 4 * sum(tensor.numel() for tensor in (*gates, *local))
-    sums = 4 * batch * (filters * positions + 40 * channels)  # one block of channels, 40 blocks of filters
+    # Two blocks of 32 channels, and blocks of 16 rows.
+    sums = 4 * batch * (2 * filters * positions + math.ceil(filters * positions / 16) * channels)
     assert found["fdconv_zoo.ungate.default"] == 3 * weights + weights // batch * bands + small + sums
     assert found["fdconv_zoo.grad_factors.default"] == 2 * maps + 4 * batch * 3 * 3 * side * side

@@ -142,7 +142,7 @@ def blocks(x: Tensor) -> dict[str, int | str]:
     """Sizes and precision of a program, by the kernels' names for them."""
     height, width = (next_block(side, 16, 64) for side in x.shape[2:])
     # Exact products of float32 need the registers of more threads.
-    warps = 8 if height * width > 1024 or x.dtype == torch.float32 else 4
+    warps = 8 if height * width > 1024 or x.dtype == torch.float32 else 4 if height * width > 256 else 1
     return {"PRECISION": precision_of(x.dtype), "BLOCK_H": height, "BLOCK_W": width, "num_warps": warps}
 
 

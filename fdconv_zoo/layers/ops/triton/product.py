@@ -197,7 +197,7 @@ def constants(
 def blocks(filters: int, places: int, channels: int, summed: str, dtype: torch.dtype) -> dict[str, int]:
     """Sizes of a program's block: small steps along the axis that is summed over, else as large as registers allow."""
     widest = 64 if dtype == torch.float32 else 128
-    limits = {name: widest if name != summed else 32 for name in ("BLOCK_O", "BLOCK_P", "BLOCK_C")}
+    limits = {name: widest if name != summed else (32 if dtype == torch.float32 else 64) for name in ("BLOCK_O", "BLOCK_P", "BLOCK_C")}
     counts = {"BLOCK_O": filters, "BLOCK_P": places, "BLOCK_C": channels}
     sizes = {name: next_block(counts[name], 16, limit) for name, limit in limits.items()}
     accumulated = math.prod(size for name, size in sizes.items() if name != summed)
