@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...low_pass import num_kept
-from .launch import kernel, next_block, precision_of
+from .launch import blocks_of, kernel, next_block, precision_of
 
 
 @triton.jit
@@ -196,7 +196,7 @@ CHANNELS = 16
 def grad_factors_fake(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
     """Empty tensor in the shape of the result of :func:`grad_factors`."""
     batch, channels, height, width = x.shape
-    shape = batch, triton.cdiv(channels, CHANNELS), len(cutoffs) // 2 + 1, height, width
+    shape = batch, blocks_of(channels, CHANNELS), len(cutoffs) // 2 + 1, height, width
     return x.new_empty(shape, dtype=torch.float32)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import kernel, next_block, precision_of
+from .launch import blocks_of, kernel, next_block, precision_of
 
 # With these blocks no register spills, for compute capability 9.0.
 BLOCK_OUT, LARGEST_BATCH = 64, 32
@@ -91,7 +91,7 @@ def gates_of_hidden(
     out = gates_of_hidden_fake(hidden, weight)
     (batch, num_hidden), num_out = hidden.shape, len(weight)
     block = next_block(batch, 16, LARGEST_BATCH)
-    grid = triton.cdiv(batch, block), triton.cdiv(num_out, BLOCK_OUT)
+    grid = blocks_of(batch, block), blocks_of(num_out, BLOCK_OUT)
     gates_kernel[grid](
         out, hidden.contiguous(), weight.contiguous(), bias, mean, variance, norm_weight, norm_bias, star_scale,
         star_bias, batch, num_hidden, num_out, epsilon, PRECISION=precision_of(torch.float32), BLOCK_B=block,

@@ -17,6 +17,11 @@ def next_block(count: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << max(count - 1, 0).bit_length()))
 
 
+def blocks_of(count: int, block: int) -> int:
+    """Blocks that hold a count. Triton's own function is one for kernels too, and slow: a launch waits for Python."""
+    return -(-count // block)
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """Precision of products: float32 is exact, but where torch.set_float32_matmul_precision and others allow TF32."""
     if dtype != torch.float32:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Geometry
-from .launch import kernel, next_block, precision_of
+from .launch import blocks_of, kernel, next_block, precision_of
 
 
 @triton.jit
@@ -197,7 +197,10 @@ def constants(
 def blocks(filters: int, places: int, channels: int, summed: str, dtype: torch.dtype) -> dict[str, int]:
     """Sizes of a program's block: small steps along the axis that is summed over, else as large as registers allow."""
     widest = 64 if dtype == torch.float32 else 128
-    limits = {name: widest if name != summed else (32 if dtype == torch.float32 else 64) for name in ("BLOCK_O", "BLOCK_P", "BLOCK_C")}
+    limits = {
+        name: widest if name != summed else (32 if dtype == torch.float32 else 64)
+        for name in ("BLOCK_O", "BLOCK_P", "BLOCK_C")
+    }
     counts = {"BLOCK_O": filters, "BLOCK_P": places, "BLOCK_C": channels}
     sizes = {name: next_block(counts[name], 16, limit) for name, limit in limits.items()}
     accumulated = math.prod(size for name, size in sizes.items() if name != summed)
@@ -247,7 +250,7 @@ def convolve(
     out = convolve_fake(x, weight, bias, *geometry, channels_last)
     (batch, num_filters, out_height, out_width), num_channels = out.shape, x.shape[1]
     sizes = blocks(num_filters, out_height * out_width, num_channels, "BLOCK_C", x.dtype)
-    grid = batch * triton.cdiv(num_filters, sizes["BLOCK_O"]) * triton.cdiv(out_height * out_width, sizes["BLOCK_P"])
+    grid = batch * blocks_of(num_filters, sizes["BLOCK_O"]) * blocks_of(out_height * out_width, sizes["BLOCK_P"])
     convolve_kernel[(grid,)](
         out, x, weight, bias, num_filters, num_channels, *x.shape[2:], out_height, out_width, *x.stride(),
         *out.stride(), HAS_BIAS=bias is not None, **constants(*geometry, x.dtype), **sizes,
@@ -276,7 +279,7 @@ def grad_input(
     out = grad_input_fake(grad, weight, x, *geometry, channels_last)
     (batch, num_channels, height, width), num_filters = x.shape, weight.shape[1]
     sizes = blocks(num_filters, height * width, num_channels, "BLOCK_O", x.dtype)
-    grid = batch * triton.cdiv(num_channels, sizes["BLOCK_C"]) * triton.cdiv(height * width, sizes["BLOCK_P"])
+    grid = batch * blocks_of(num_channels, sizes["BLOCK_C"]) * blocks_of(height * width, sizes["BLOCK_P"])
     grad_input_kernel[(grid,)](
         out, grad, weight, num_filters, num_channels, height, width, *grad.shape[2:], *out.stride(), *grad.stride(),
         **constants(*geometry, x.dtype), **sizes,
@@ -302,8 +305,8 @@ def grad_weight(
     out = grad_weight_fake(grad, x, *geometry)
     (_, num_channels, height, width), (_, num_filters, out_height, out_width) = x.shape, grad.shape
     sizes = blocks(num_filters, out_height * out_width, num_channels, "BLOCK_P", x.dtype)
-    grid = len(x) * math.prod(kernel_size) * triton.cdiv(num_filters, sizes["BLOCK_O"])
-    grad_weight_kernel[(grid * triton.cdiv(num_channels, sizes["BLOCK_C"]),)](
+    grid = len(x) * math.prod(kernel_size) * blocks_of(num_filters, sizes["BLOCK_O"])
+    grad_weight_kernel[(grid * blocks_of(num_channels, sizes["BLOCK_C"]),)](
         out, grad, x, num_filters, num_channels, height, width, out_height, out_width, *x.stride(), *grad.stride(),
         **constants(*geometry, x.dtype), **sizes,
     )  # fmt: skip

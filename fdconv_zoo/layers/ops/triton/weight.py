@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import kernel, next_block, precision_of
+from .launch import blocks_of, kernel, next_block, precision_of
 
 
 class Tile(NamedTuple):
@@ -232,7 +232,7 @@ def layout(
         "KERNEL_HEIGHT": kernel_size[0], "KERNEL_WIDTH": kernel_size[1],
         "TAPS": 0 if local_weight is None else local_weight.shape[2], "FROM_BANK": from_bank,
         "SPLIT": from_bank and source.dtype != torch.float32, "PRECISION": precision_of(source.dtype),
-        "BAND_BLOCKS": triton.cdiv(num_bands, block_n), "BLOCK_N": block_n,
+        "BAND_BLOCKS": blocks_of(num_bands, block_n), "BLOCK_N": block_n,
     }  # fmt: skip
 
 
@@ -297,8 +297,8 @@ def row_stride(gate: Tensor | None) -> int:
 def programs(shape: torch.Size, sizes: dict[str, int | str | bool]) -> int:
     """Programs for weights of a shape."""
     batch, num_filters, num_positions, num_channels = shape
-    row_blocks = triton.cdiv(num_filters * num_positions, sizes["ROWS"])
-    return triton.cdiv(batch, sizes["BLOCK_B"]) * triton.cdiv(num_channels, sizes["BLOCK_C"]) * row_blocks
+    row_blocks = blocks_of(num_filters * num_positions, sizes["ROWS"])
+    return blocks_of(batch, sizes["BLOCK_B"]) * blocks_of(num_channels, sizes["BLOCK_C"]) * row_blocks
 
 
 def ungate_fake(
@@ -312,8 +312,8 @@ def ungate_fake(
     return (
         source.new_empty(batch, *source.shape[1:]),
         grad.new_empty(batch, rows, num_channels),
-        bands.new_empty(triton.cdiv(num_channels, block_c), batch, rows),
-        bands.new_empty(triton.cdiv(rows, UNGATED.rows), batch, num_channels),
+        bands.new_empty(blocks_of(num_channels, block_c), batch, rows),
+        bands.new_empty(blocks_of(rows, UNGATED.rows), batch, num_channels),
     )
 
 
