@@ -26,7 +26,11 @@ PARTS = {
     "kernels": Part(kernels.run, 75, "each kernel against its formula in float64"),
     "layers": Part(layers.run, 60, "whole layers, forward and every gradient, against PyTorch's operations in float64"),
     "golden": Part(golden.run, 10, "the layers that the official code ran, from tests/golden"),
-    "models": Part(models.run, 75, "whole models against the CPU in float64, and at a larger batch without kernels"),
+    "models": Part(
+        models.run,
+        75,
+        "whole models: logits against the CPU in float64, training steps against PyTorch's operations",
+    ),
     "speed": Part(speed.run, 120, "FDConv : static twin : PyTorch's operations : kept banks; medians, memory, traffic"),
     "shapes": Part(shapes.run, 35, "each layer shape: the kernels beside cuDNN's grouped convolution and bmm"),
     "profile": Part(profiling.run, 15, "the ten longest kernels of an eval pass and of a training step"),
