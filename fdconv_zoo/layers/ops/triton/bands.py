@@ -86,9 +86,11 @@ def modulate_kernel(
     sample, channel = (tl.program_id(0) // channels).to(tl.int64), tl.program_id(0) % channels
     rows, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_W)[None, :]
     inside = (rows < height) & (columns < width)
-    places = sample * x_batch + channel.to(tl.int64) * x_channel + rows * x_row + columns * x_column
-    maps = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    offset = sample * logit_batch + (rows * width + columns) * logit_pixel
+    # Offsets of pixels have 32 bits: those of 64 would take half the registers.
+    x += sample * x_batch + channel.to(tl.int64) * x_channel
+    maps = tl.load(x + (rows * x_row + columns * x_column), mask=inside, other=0.0).to(tl.float32)
+    logits += sample * logit_batch
+    offset = (rows * width + columns) * logit_pixel
     gate = load_gate(logits, offset, tl.load(bias), inside)
     total = maps * gate
     for band in tl.static_range(BANDS):
@@ -101,8 +103,8 @@ def modulate_kernel(
         else:
             total += low_pass(maps, projections, band, PRECISION, BLOCK_H, BLOCK_W) * (lower - gate)
         gate = lower
-    target = sample * out_batch + channel.to(tl.int64) * out_channel + rows * out_row + columns * out_column
-    tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
+    out += sample * out_batch + channel.to(tl.int64) * out_channel
+    tl.store(out + (rows * out_row + columns * out_column), total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -122,12 +124,13 @@ def grad_factors_kernel(
         for number in range(CHANNELS):
             channel = (block * CHANNELS + number).to(tl.int64)
             inside = in_map & (channel < channels)
-            places = sample * x_batch + channel * x_channel + rows * x_row + columns * x_column
-            maps = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+            place = x + sample * x_batch + channel * x_channel
+            maps = tl.load(place + (rows * x_row + columns * x_column), mask=inside, other=0.0).to(tl.float32)
             if part > 0:
                 maps = low_pass(maps, projections, part - 1, PRECISION, BLOCK_H, BLOCK_W)
-            places = sample * grad_batch + channel * grad_channel + rows * grad_row + columns * grad_column
-            total += maps * tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+            place = grad + sample * grad_batch + channel * grad_channel
+            slope = tl.load(place + (rows * grad_row + columns * grad_column), mask=inside, other=0.0)
+            total += maps * slope.to(tl.float32)
         target = (program.to(tl.int64) * (BANDS + 1) + part) * count + pixels
         tl.store(out + target, total, mask=in_map)
 
