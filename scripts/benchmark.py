@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from itertools import product
 from typing import Any
@@ -28,7 +27,7 @@ from benchmarking.picture import draw
 from benchmarking.report import Row, describe, full_table, preset_table
 from benchmarking.traffic import traffic_table
 from common.command_line import fail
-from common.record import cpu_name, versions, write_json
+from common.record import cpu_name, timestamp, versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 
 TABLE_MODELS = ("resnet50_fdconv", "convnext_tiny_fdconv", "swin_tiny_fdconv")
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
     result = {
         "command": shlex.join(["benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": timestamp(),
         "versions": versions(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

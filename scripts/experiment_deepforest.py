@@ -10,13 +10,12 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import train_dense
 from common.command_line import fail
-from common.record import cpu_name, git_commit, versions, write_json
+from common.record import cpu_name, git_commit, timestamp, versions, write_json
 from common.wheels import wheel_file
 from experiments.images import read_image
 
@@ -174,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "seed": args.seed,
                 "wall_seconds": round(time.perf_counter() - start, 1),
                 "cpu_seconds": round(time.process_time() - cpu_start, 1),
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "date": timestamp(),
                 "command": shlex.join(["train_dense.py", *command]),
                 "epochs": read_scores(args.output / variant),
             }

@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from common.command_line import fail
-from common.record import cpu_name, git_commit, versions, write_json
+from common.record import run_record, write_json
 from experiments.finetune.elpv import SolarCells
 from experiments.finetune.fashion import FashionMnist
 from experiments.finetune.landcover import LandCover
@@ -123,13 +122,7 @@ def train(protocol: Protocol, args: argparse.Namespace, tasks: Sequence[str], co
                 results = make_run(loaded[name], run, protocol.variants[run.variant], args.device, report)
                 facts = {
                     "settings": protocol.settings(run),
-                    "command": command,
-                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "versions": versions(),
-                    "commit": git_commit(),
-                    "cpu": cpu_name(),
-                    "device": args.device,
-                    "threads": args.threads,
+                    **run_record(command, args.device, args.threads),
                     "data_sha256": loaded[name].facts,
                 }
                 write_json(protocol.path(run), {**facts, **results}, indent=None)

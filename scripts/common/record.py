@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,30 @@ def git_commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def timestamp() -> str:
+    """Date and time in UTC, to the second, as ISO 8601 writes them."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def run_record(command: str, device: str, threads: int) -> dict[str, Any]:
+    """What the results of a finished run tell of how they were made.
+
+    Args:
+        command: Its command line.
+        device: That it ran on.
+        threads: Of the CPU.
+    """
+    return {
+        "command": command,
+        "date": timestamp(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "cpu": cpu_name(),
+        "device": device,
+        "threads": threads,
+    }
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from common.fit import fit
 from common.recipes import parse_over_recipe
-from common.record import cpu_name, git_commit, versions, write_json
+from common.record import run_record, write_json
 from common.training_recipe import OPTIMISER, SCHEDULE, Recipe, add_recipe_options
 from experiments.report import draw_curves, results_table
 from fdconv_zoo.cost import count_parameters
@@ -164,13 +163,7 @@ def run_all(
                     "parameters": count_parameters(model),
                     "wall_seconds": round(time.perf_counter() - start, 1),
                     "cpu_seconds": round(time.process_time() - cpu_start, 1),
-                    "command": command,
-                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "versions": versions(),
-                    "commit": git_commit(),
-                    "cpu": cpu_name(),
-                    "device": args.device,
-                    "threads": args.threads,
+                    **run_record(command, args.device, args.threads),
                     "epochs": curve,
                 }
             )
