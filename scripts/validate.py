@@ -7,22 +7,21 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import timm
 import torch
-from timm.data import create_loader, resolve_data_config
-from timm.utils import AverageMeter, accuracy
+from timm.data import resolve_data_config
+from timm.utils import AverageMeter
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from common.command_line import fail
 from common.demo_data import create_demo_model, create_photo_dataset
-from common.images import ReadableImages, UnusableImagesError, collate_readable
+from common.images import ReadableImages
+from common.inference import Accuracy, inference_loader
 from common.models import UnavailableError, add_static_twins, build_model, check_image_size, expand_names
 from common.record import write_json
 from common.weights import read_checkpoint
@@ -50,7 +49,7 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
     synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
     # in a log file, a line a minute
     pace = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
-    top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
+    counted, loss = Accuracy(), AverageMeter()
     batches: list[tuple[int, float]] = []
     for images, target in tqdm(loader, unit="batch", leave=False, **pace):
         if not len(images):  # none of them could be read
@@ -62,18 +61,15 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
             logits = model(images).float()
         synchronize()
         batches.append((len(images), time.perf_counter() - start))
-        hits1, hits5 = accuracy(logits, target, topk=(1, 5))
-        top1.update(hits1.item(), len(images))
-        top5.update(hits5.item(), len(images))
+        counted.update(logits, target)
         loss.update(nn.functional.cross_entropy(logits, target).item(), len(images))
-    if not batches:
-        raise UnusableImagesError("no image can be read")
+    top1, top5 = counted.compute()
     counts, seconds = zip(*(batches[1:] or batches), strict=True)
     return {
-        "top1": top1.avg,
-        "top5": top5.avg,
+        "top1": top1,
+        "top5": top5,
         "loss": loss.avg,
-        "images": top1.count,
+        "images": loss.count,
         "images_per_second": sum(counts) / sum(seconds),
     }
 
@@ -113,17 +109,7 @@ def prepare(
         **config,
     }
     device = torch.device(args.device)
-    stream = isinstance(dataset, IterableDataset)
-    loader = create_loader(
-        dataset if stream else ReadableImages(dataset),
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        device=device,
-        pin_memory=device.type == "cuda",
-        persistent_workers=False,
-        collate_fn=None if stream else partial(collate_readable, channels=config["input_size"][0]),
-        **config,
-    )
+    loader = inference_loader(dataset, config, args.batch_size, device, args.workers)
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.num_gpu > 1:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))

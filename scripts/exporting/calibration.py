@@ -3,18 +3,16 @@
 import random
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_loader
-from timm.utils import accuracy
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.image_folders import FolderReader, find_split
-from common.images import ImageSet, ReadableImages, UnusableImagesError, collate_readable
+from common.images import ImageSet
+from common.inference import Accuracy, inference_loader
 from fdconv_zoo import to_static
 
 BATCH_SIZE = 32
@@ -60,10 +58,7 @@ def _folder(root: Path) -> Path:
 
 def load(dataset: Dataset, config: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the images that can be read, preprocessed as for inference, and their labels."""
-    loader = create_loader(
-        ReadableImages(dataset), batch_size=BATCH_SIZE, num_workers=0, device=torch.device("cpu"), pin_memory=False,
-        persistent_workers=False, collate_fn=partial(collate_readable, channels=config["input_size"][0]), **config,
-    )  # fmt: skip
+    loader = inference_loader(dataset, config, BATCH_SIZE, torch.device("cpu"))
     return ((images, target) for images, target in loader if len(images))
 
 
@@ -74,11 +69,7 @@ def measure(model: nn.Module, dataset: Dataset, config: dict[str, Any]) -> tuple
     Raises:
         UnusableImagesError: No image can be read.
     """
-    hits, count = torch.zeros(2), 0
+    counted = Accuracy()
     for images, target in load(dataset, config):
-        hits += torch.stack(accuracy(model(images), target, topk=(1, 5))).flatten() * len(images)
-        count += len(images)
-    if not count:
-        raise UnusableImagesError("no image can be read")
-    top1, top5 = (hits / count).tolist()
-    return top1, top5
+        counted.update(model(images), target)
+    return counted.compute()
