@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from common.command_line import fail
-from common.models import build_model, expand_names
-from common.onnx_file import open_onnxruntime, open_openvino, write_onnx
+from common.models import build_model, expand_names, takes_other_sizes
+from common.onnx_file import free_dimensions, open_onnxruntime, open_openvino, write_onnx
 from common.weights import read_checkpoint
 from exporting.args import FORMATS, check_args, parse_args
 from exporting.calibration import calibrate
@@ -64,17 +64,6 @@ def input_shape(model: nn.Module, args: argparse.Namespace) -> tuple[int, int, i
     return args.model_kwargs.get("in_chans", channels), height, width
 
 
-@torch.inference_mode()
-def takes_other_sizes(model: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Whether the model works beyond the size of its configuration; a Swin Transformer refuses by default."""
-    channels, height, width = shape
-    try:
-        model(torch.zeros(1, channels, height + 32, width))
-    except (AssertionError, RuntimeError, ValueError):
-        return False
-    return True
-
-
 def sample_shapes(shape: tuple[int, int, int], batch: int | None, fixed_size: bool) -> Iterator[tuple[int, ...]]:
     """Input shapes that the file must take: several batches and image sizes, where they are free."""
     channels, height, width = shape
@@ -88,9 +77,7 @@ def sample_shapes(shape: tuple[int, int, int], batch: int | None, fixed_size: bo
 
 def export_file(model: nn.Module, x: Tensor, path: Path, args: argparse.Namespace) -> None:
     """Write the file, with the dimensions that are not fixed left free."""
-    free = {} if args.fixed_batch else {0: torch.export.Dim.DYNAMIC}
-    if not args.fixed_size:
-        free |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    free = free_dimensions(batch=not args.fixed_batch, size=not args.fixed_size)
     if path.suffix == ".torchscript":
         torch.jit.save(torch.jit.script(model), path)
     elif path.suffix == ".pt2":
@@ -164,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = make_static(model, shape, args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail("export.py", error) from error
-    if not args.fixed_size and not takes_other_sizes(model, shape):
+    if not args.fixed_size and not takes_other_sizes(model, torch.zeros(1, *shape)):
         raise fail("export.py", f"{args.model} takes {shape[1]} x {shape[2]} images only: add --fixed-size")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # A file that does not pass never takes the place of one that did.

@@ -8,18 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.onnx_file import open_onnxruntime, open_openvino, write_onnx
+from common.models import takes_other_sizes
+from common.onnx_file import free_dimensions, open_onnxruntime, open_openvino, write_onnx
 
 # A difference relative to the largest output that no order of operations makes.
 TOLERANCE = 1e-3
 ENGINES = ("eager", "compile", "aotinductor", "onnxruntime", "openvino")
-
-
-def free_dimensions(model: nn.Module, images: Tensor) -> dict[int, object]:
-    """The batch, and height and width too unless the model takes one size of image."""
-    embed = getattr(model, "patch_embed", None)
-    dims = (0,) if getattr(embed, "strict_img_size", False) else (0, 2, 3)
-    return dict.fromkeys(dims, torch.export.Dim.DYNAMIC)
 
 
 @torch.no_grad()
@@ -41,7 +35,7 @@ def deploy(model: nn.Module, images: Tensor, threads: int, engines: list[str]) -
             runs["aotinductor"] = torch.no_grad()(torch._inductor.aoti_load_package(package))
         if {"onnxruntime", "openvino"} & set(engines):
             file = Path(folder) / "model.onnx"
-            write_onnx(model, example, file, free_dimensions(model, images))
+            write_onnx(model, example, file, free_dimensions(batch=True, size=takes_other_sizes(model, images)))
             for name, load in (("onnxruntime", open_onnxruntime), ("openvino", open_openvino)):
                 if name in engines:
                     runs[name] = load(file, threads)

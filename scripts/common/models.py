@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
@@ -45,6 +46,22 @@ def check_image_size(model: nn.Module, size: tuple[int, int]) -> None:
             f"the model takes {' x '.join(map(str, embed.img_size))} images, not {height} x {width}: "
             f"give --model-kwargs img_size={wanted}"
         )
+
+
+@torch.inference_mode()
+def takes_other_sizes(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model takes images of another height too; a Swin Transformer refuses by default.
+
+    Args:
+        model: In eval mode.
+        images: (B, C, H, W), that it takes.
+    """
+    _, channels, height, width = images.shape
+    try:
+        model(images.new_zeros(1, channels, height + 32, width))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def expand_names(patterns: Iterable[str], weights_needed: bool) -> list[str]:

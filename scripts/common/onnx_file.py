@@ -12,6 +12,16 @@ Run = Callable[[Tensor], list[Tensor]]
 VECTORS = {"Expand": (1,), "Reshape": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Slice": (1, 2, 3, 4), "Pad": (1,)}
 
 
+def free_dimensions(batch: bool, size: bool) -> dict[int, Any]:
+    """Dimensions of images (B, C, H, W) that an exported file leaves free, as `torch.export` takes them.
+
+    Args:
+        batch: Takes any number of images.
+        size: Takes images of any height and width.
+    """
+    return dict.fromkeys([0] * batch + [2, 3] * size, torch.export.Dim.DYNAMIC)
+
+
 def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any], opset: int | None = None) -> None:
     """Export a model in eval mode and check that the file is what ONNX allows.
 
