@@ -1,12 +1,13 @@
 """Whether a module is causal, as far as it or what holds it tells: by attributes, names, masks and sources."""
 
 import ast
-import inspect
 import re
 import textwrap
 
 import torch
 from torch import Tensor, nn
+
+from .sources import forward_source, read_source
 
 CAUSAL_NAME = re.compile("causal|chomp", re.IGNORECASE)
 MASK_NAME = re.compile(r"^(?!.*(padding|memory)).*(mask|causal|triu|tril)", re.IGNORECASE)
@@ -25,12 +26,7 @@ def _is_causal_mask(mask: Tensor) -> bool:
 
 def asks_for_causal(kind: type[nn.Module]) -> bool:
     """Whether a class's forward asks for causal attention, by its source."""
-    if kind.__module__.startswith("torch."):
-        return False
-    try:
-        source = inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return False
+    source = forward_source(kind) or ""
     return "is_causal=True" in source.replace(kind.forward.__doc__ or "", "")
 
 
@@ -77,9 +73,12 @@ def _may_hand_masks(kind: type[nn.Module], part: str) -> bool:
         kind: The class.
         part: Name of what it holds; called by a bare name, as in a loop, it may be anything.
     """
+    source = read_source(kind)
+    if source is None:
+        return True
     try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    except (OSError, TypeError, SyntaxError):
+        (body,) = ast.parse(textwrap.dedent(source)).body
+    except SyntaxError:
         return True
     methods = [node for node in body.body if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
     for node in (node for method in methods for node in ast.walk(method)):

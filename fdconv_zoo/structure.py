@@ -3,7 +3,6 @@
 Names are the authors'; what holds a layer, what it is beside and which channels it joins is the network.
 """
 
-import inspect
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
+from .sources import forward_source
 
 # A layer with fewer channels on either side stays static, as in the paper's models.
 MIN_CHANNELS = 17
@@ -153,12 +153,8 @@ def _pools_or_gates(block: nn.Module) -> bool:
     """
     if any(_pools_globally(child) or GATE.search(type(child).__name__) for child in block.children()):
         return True
-    if type(block).__module__.startswith("torch."):
-        return False
-    try:
-        return bool(POOLS_OR_GATES.search(inspect.getsource(type(block).forward)))
-    except (OSError, TypeError):
-        return True
+    source = forward_source(type(block))
+    return source is None or bool(POOLS_OR_GATES.search(source))
 
 
 def _pools_globally(module: nn.Module) -> bool:
