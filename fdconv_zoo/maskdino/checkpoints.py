@@ -82,11 +82,12 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any], head: nn.Module) 
     Raises:
         ValueError: Keys fit nothing or are missing, shapes differ, or copies of a weight do; names them.
     """
-    names = {official_name(name): name for name in head.state_dict()}
+    weights = head_weights(checkpoint)
     shapes = {name: value.shape for name, value in head.state_dict().items()}
+    names = {official_name(name): name for name in shapes}
     converted: dict[str, Tensor] = {}
     misfits: list[str] = []
-    for key, value in head_weights(checkpoint).items():
+    for key, value in weights.items():
         name = names.get(_of_copy(key))
         if name is None:
             misfits.append(f"{key} fits nothing")
@@ -96,8 +97,8 @@ def convert_official_state_dict(checkpoint: Mapping[str, Any], head: nn.Module) 
             misfits.append(f"{key} differs from its copy")
         else:
             converted[name] = value
-    absent = names.keys() - {_of_copy(key) for key in head_weights(checkpoint)}
-    misfits += [f"{key} is missing" for key in names if key in absent]
+    found = {_of_copy(key) for key in weights}
+    misfits += [f"{key} is missing" for key in names if key not in found]
     if misfits:
         more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise ValueError(f"the checkpoint does not fit the head: {'; '.join(misfits[:5])}{more}")

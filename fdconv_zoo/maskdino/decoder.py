@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .attention import DeformableAttention, Memory
 from .config import HEADS, MaskDinoConfig
+from .positions import centres
 
 
 class DecoderLayer(nn.Module):
@@ -50,16 +51,12 @@ def proposals(memory: Memory) -> tuple[Tensor, Tensor]:
     encoder has the finest level first, the coarsest one proposes the smallest boxes. So it is in the published models.
     The logits of others are infinite.
     """
-    boxes = []
-    for level, (height, width) in enumerate(memory.shapes):
-        y, x = torch.meshgrid(
-            (torch.arange(height, device=memory.values.device) + 0.5) / height,
-            (torch.arange(width, device=memory.values.device) + 0.5) / width,
-            indexing="ij",
-        )
-        side = torch.full_like(x, 0.05 * 2**level)
-        boxes.append(torch.stack((x, y, side, side), -1).flatten(0, 1))
-    box = torch.cat(boxes)[None]
+    device = memory.values.device
+    sides = [
+        torch.full((1, height * width, 2), 0.05 * 2**level, device=device)
+        for level, (height, width) in enumerate(memory.shapes)
+    ]
+    box = torch.cat((centres(memory.shapes, device), torch.cat(sides, 1)), -1)
     valid = ((box > 0.01) & (box < 0.99)).all(-1, keepdim=True)
     return torch.log(box / (1 - box)).masked_fill(~valid, torch.inf), valid
 

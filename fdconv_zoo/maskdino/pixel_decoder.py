@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attention import DeformableAttention, Memory, flatten
 from .config import NORM_GROUPS, MaskDinoConfig
-from .positions import map_positions
+from .positions import centres, map_positions
 
 
 class EncoderLayer(nn.Module):
@@ -40,17 +40,6 @@ class EncoderLayer(nn.Module):
         x = self.norm1(x + self.self_attn(x + positions, references, memory))
         x = self.norm2(x + self.linear2(self.linear1(x).relu()))
         return memory._replace(values=x)
-
-
-def centres(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """Return the centres (1, S, 2) of all places of maps, x and y in [0, 1]."""
-    points = [
-        torch.cartesian_prod(
-            (torch.arange(height, device=device) + 0.5) / height, (torch.arange(width, device=device) + 0.5) / width
-        )
-        for height, width in shapes
-    ]
-    return torch.cat(points).flip(-1)[None]
 
 
 class PixelDecoder(nn.Module):

@@ -1,6 +1,7 @@
-"""Positions as sines, logits of boxes, and boxes of masks."""
+"""Positions as sines, centres of places, logits of boxes, and boxes of masks."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,17 @@ def box_positions(boxes: Tensor, channels: int) -> Tensor:
     """
     cx, cy, w, h = boxes.unbind(-1)
     return sine(torch.stack((cy, cx, w, h), -1), channels // 2).flatten(-2)
+
+
+def centres(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return the centres (1, S, 2) of all places of maps, x and y in [0, 1]."""
+    points = [
+        torch.cartesian_prod(
+            (torch.arange(height, device=device) + 0.5) / height, (torch.arange(width, device=device) + 0.5) / width
+        )
+        for height, width in shapes
+    ]
+    return torch.cat(points).flip(-1)[None]
 
 
 def logit(x: Tensor) -> Tensor:
