@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +14,9 @@ from transformers import (
     TimmBackboneConfig,
 )
 
+from dense.backbones import LEVELS, create_backbone
 from dense.masks import class_masks
 from fdconv_zoo.dense import build_transformers_head
-
-LEVELS = (-4, -3, -2, -1)
 
 
 class BackboneConfig(TimmBackboneConfig):
@@ -78,7 +76,7 @@ def create_mask2former(args: argparse.Namespace, backbone_options: dict[str, Any
         args: Arguments of train_dense.py.
         backbone_options: Keyword arguments of `timm.create_model` that choose weights and size.
     """
-    backbone = timm.create_model(args.backbone, features_only=True, out_indices=LEVELS, **backbone_options)
+    backbone = create_backbone(args.backbone, backbone_options)
     config = Mask2FormerConfig(
         backbone_config=BackboneConfig(
             backbone=args.backbone, out_indices=list(LEVELS), options=dict(args.backbone_kwargs)

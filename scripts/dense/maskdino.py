@@ -4,11 +4,11 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 
+from dense.backbones import create_backbone
 from dense.coco import Target as CocoTarget
 from dense.masks import class_masks
 from fdconv_zoo.maskdino import (
@@ -23,7 +23,6 @@ from fdconv_zoo.maskdino import (
     semantic,
 )
 
-LEVELS = (-4, -3, -2, -1)
 # of the published models for COCO
 INSTANCE = {
     "extra_levels": 1,
@@ -160,11 +159,6 @@ def _of_kind(terms: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {name: term for name, term in terms.items() if name == kind or name.startswith(f"{kind}_")}
 
 
-def create_backbone(args: argparse.Namespace, options: dict[str, Any]) -> nn.Module:
-    """Return the timm backbone with its four maps; `options` choose weights and size."""
-    return timm.create_model(args.backbone, features_only=True, out_indices=LEVELS, **options)
-
-
 def create_config(args: argparse.Namespace, backbone: nn.Module, num_classes: int, **defaults: Any) -> MaskDinoConfig:
     """Return the head's configuration.
 
@@ -192,7 +186,7 @@ def create_maskdino_segmenter(args: argparse.Namespace, options: dict[str, Any])
         args: Arguments of train_dense.py.
         options: Keyword arguments of `timm.create_model` that choose weights and size.
     """
-    backbone = create_backbone(args, options)
+    backbone = create_backbone(args.backbone, options)
     return MaskDinoSegmenter(backbone, create_config(args, backbone, args.num_classes), args.ignore_index), backbone
 
 
@@ -215,7 +209,7 @@ def create_maskdino_detector(
     Raises:
         ValueError: The options choose softmax classes.
     """
-    backbone = create_backbone(args, options)
+    backbone = create_backbone(args.backbone, options)
     config = create_config(args, backbone, num_classes, **INSTANCE)
     if config.softmax_classes:
         raise ValueError("maskdino_instance needs softmax_classes=False: each class a probability of its own")

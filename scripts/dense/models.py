@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from dense.backbones import LEVELS, create_backbone
 from dense.deeplab import UndilatedDeepLabV3Plus
 from fdconv_zoo.dense import FeaturePyramid
 
@@ -52,10 +53,8 @@ def create_detector(args: argparse.Namespace, num_classes: int, resumed: bool) -
 
         return create_maskdino_detector(args, num_classes, backbone_options(args, resumed), mean, std)
     retina = args.head == "retinanet"
-    levels = (-3, -2, -1) if retina else (-4, -3, -2, -1)
-    backbone = timm.create_model(
-        args.backbone, features_only=True, out_indices=levels, **backbone_options(args, resumed)
-    )
+    levels = LEVELS[1:] if retina else LEVELS
+    backbone = create_backbone(args.backbone, backbone_options(args, resumed), levels)
     pyramid = FeaturePyramid(backbone, PYRAMID, LastLevelP6P7(PYRAMID, PYRAMID) if retina else None)
     model = DETECTORS[args.head](
         pyramid,
