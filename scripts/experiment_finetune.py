@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 settings = protocol.tasks[name]
                 task = DATA[settings.data](**settings.options)
                 print("\n\n".join(sections(protocol, task, name, args.phases)))
-                for phase in args.phases:
-                    picture = draw(protocol, task, name, phase) if phase == "claim" else None
+                if "claim" in args.phases:
+                    picture = draw(protocol, task, name, "claim")
                     if picture is not None:
                         print(f"curves: {picture}", file=sys.stderr)
         else:

@@ -19,11 +19,6 @@ class Difference(NamedTuple):
     low: float
     high: float
 
-    @property
-    def verdict(self) -> str:
-        """What the interval says: ahead, behind or undecided."""
-        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "undecided"
-
 
 def draw_weights(clusters: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
     """Draw clusters with replacement, as many as there are.

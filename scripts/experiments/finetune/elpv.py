@@ -4,24 +4,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from common.wheels import wheel_file
 from experiments.elpv_data import WHEEL, fold_modules, guess_modules, read_cells
-from experiments.finetune.tasks import Data, Outcome, load_trunk
+from experiments.finetune.tasks import PREPARE, Data, Outcome, create_classifier
 from experiments.image_tensors import ImageTensors
 
 FOLDS = 4
 # Fold to train on and fold to choose a rate on, for the two folds that neither is.
 TUNING = {0: (2, 3), 1: (2, 3), 2: (0, 1), 3: (0, 1)}
-# The networks know colour photos.
-PREPARE = [
-    v2.ToDtype(torch.float32, scale=True),
-    v2.Lambda(lambda photo: photo.expand(3, -1, -1)),
-    v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-]
 
 
 def weighted_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -83,10 +76,7 @@ class SolarCells:
 
     def create_model(self, seed: int) -> nn.Module:
         """MobileNetV2 with two classes."""
-        model = load_trunk(self.full)
-        torch.manual_seed(seed)
-        model.reset_classifier(2, "avg")
-        return model
+        return create_classifier(2, seed, self.full)
 
     def outcome(self, outputs: Tensor, labels: Tensor, facts: dict[str, Any]) -> Outcome:
         """Probability of a defect, label and module of each photo."""

@@ -5,23 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from experiments.fashion_data import FILES, FOLDER, read_split
-from experiments.finetune.tasks import Data, Outcome, load_trunk
+from experiments.finetune.tasks import PREPARE, Data, Outcome, create_classifier
 from experiments.image_tensors import ImageTensors
 
 TRAIN_IMAGES = 2000
 CURVE_IMAGES = 500
 # Parts of the training set: what rates and variants are chosen with is not trained on for claims.
 CLAIM_POOL, CHOICE_POOL, CHOICE_TEST = slice(0, 40000), slice(40000, 57000), slice(57000, 60000)
-PREPARE = [
-    v2.ToDtype(torch.float32, scale=True),
-    v2.Lambda(lambda image: image.expand(3, -1, -1)),
-    v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-]
 
 
 class FashionMnist:
@@ -64,10 +58,7 @@ class FashionMnist:
 
     def create_model(self, seed: int) -> nn.Module:
         """MobileNetV2's trunk with ten classes."""
-        model = load_trunk(full=False)
-        torch.manual_seed(seed)
-        model.reset_classifier(10, "avg")
-        return model
+        return create_classifier(10, seed, full=False)
 
     def outcome(self, outputs: Tensor, labels: Tensor, facts: dict[str, Any]) -> Outcome:
         """Whether each answer is right, a digit an image, and each quadratic score (Brier's, the higher the better)."""

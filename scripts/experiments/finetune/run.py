@@ -40,8 +40,7 @@ class Answers:
         return self._task.outcome(torch.cat(self._outputs), torch.cat(self._labels), self._facts)
 
     def compute(self) -> dict[str, float]:
-        outcome = self.outcome()
-        return measure_once(self._task, outcome)
+        return measure_once(self._task, self.outcome())
 
 
 def measure_once(task: Task, outcome: Outcome) -> dict[str, float]:

@@ -4,13 +4,22 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from common.demo_data import STATIC, read_static_weights
 
 # MobileNetV2 up to a stride of 16: four steps of two, five stages.
 TRUNK_STRIDES, TRUNK_STAGES = 4, 5
+# Of grey images: the networks know colour photos.
+PREPARE = [
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Lambda(lambda image: image.expand(3, -1, -1)),
+    v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+]
 Outcome = dict[str, Any]
 
 
@@ -70,4 +79,18 @@ def load_trunk(full: bool) -> nn.Module:
     model.load_state_dict(read_static_weights())
     if not full:
         model.prune_intermediate_layers([TRUNK_STRIDES - 1])
+    return model
+
+
+def create_classifier(classes: int, seed: int, full: bool) -> nn.Module:
+    """MobileNetV2 with ImageNet weights and a classifier that the seed draws.
+
+    Args:
+        classes: Of the data.
+        seed: Of the classifier's weights.
+        full: As for :func:`load_trunk`.
+    """
+    model = load_trunk(full)
+    torch.manual_seed(seed)
+    model.reset_classifier(classes, "avg")
     return model

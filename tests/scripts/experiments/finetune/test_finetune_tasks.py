@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from experiments.finetune.landcover import LandCover
-from experiments.finetune.tasks import load_trunk
+from experiments.finetune.tasks import create_classifier, load_trunk
 from experiments.finetune.variants import make_variant
 from fdconv_zoo.convert import named_fd_layers
 
@@ -12,10 +12,7 @@ IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def trunk():
-    model = load_trunk(full=False)
-    torch.manual_seed(0)
-    model.reset_classifier(2, "avg")
-    return model.eval()
+    return create_classifier(2, seed=0, full=False).eval()
 
 
 def test_the_trunk_is_the_whole_networks_features_of_stride_16():
