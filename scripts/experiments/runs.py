@@ -23,7 +23,6 @@ from common.training_recipe import OPTIMISER, SCHEDULE, Recipe, add_recipe_optio
 from experiments.report import draw_curves, results_table
 from fdconv_zoo.cost import count_parameters
 
-Run = dict[str, Any]
 RECIPES = Path(__file__).parents[1] / "configs" / "experiments"
 
 
