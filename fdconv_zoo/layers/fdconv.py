@@ -16,8 +16,10 @@ from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
 from .band_options import BandOptions
+from .base import DynamicConvolution, DynamicLayer
 from .fbm import FBM
 from .fdw import FDW, GainMaps
+from .fourier import to_spectrum, weight_to_matrix
 from .ksm import KSM
 from .ops import dynamic_conv2d, leaf, triton
 from .ops.types import Geometry, Inputs
@@ -26,7 +28,7 @@ from .padding import explicit_pads
 from .static_weight import HasStaticWeight
 
 
-class _FDLayer(HasStaticWeight):
+class _FDLayer(HasStaticWeight, DynamicLayer):
     """What FDConv2d and FDLinear share: FDW, KSM and FBM, and the convolution of a (B, Cin, H, W) map with them.
 
     They set `stride`, `dilation` and `pads`, the zeros (left, right, top, bottom).
@@ -35,6 +37,10 @@ class _FDLayer(HasStaticWeight):
         fbm_class: FBM of their maps.
     """
 
+    method = "FDConv"
+    held = ("fdw.spectrum", "bias")
+    tied: ClassVar[dict[str, str]] = {"weight": "fdw.spectrum", "bias": "bias"}
+    unset: ClassVar[dict[str, Any]] = {"init_weights": False}
     fbm_class: ClassVar[type[FBM]] = FBM
     fused: bool = True  # of pickles from before it was there
 
@@ -128,6 +134,13 @@ class _FDLayer(HasStaticWeight):
             self.fbm.reset_parameters()
 
     @torch.jit.ignore
+    def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """The spectrum of a static weight, shaped as that of nn.Conv2d or nn.Linear, and the bias."""
+        matrix = weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape))
+        state = {"fdw.spectrum": to_spectrum(matrix)}
+        return state if bias is None else {**state, "bias": bias}
+
+    @torch.jit.ignore
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1.
@@ -142,22 +155,6 @@ class _FDLayer(HasStaticWeight):
         if self.bias is not None:
             self.bias.copy_(bias)
         self.reset_modulation()
-
-    def _adopt(self, static: nn.Conv2d | nn.Linear) -> None:
-        # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
-        if static.weight.is_meta and not self.fdw.spectrum.is_meta:
-            self.to("meta")
-        self.set_static(static.weight, static.bias)
-        self.fdw.spectrum.requires_grad_(static.weight.requires_grad)
-        if self.bias is not None:
-            self.bias.requires_grad_(static.bias.requires_grad)
-
-    @torch.no_grad()
-    def _copy_static_to(self, twin: nn.Module) -> Any:
-        twin.weight.copy_(self.static_weight()).requires_grad_(self.fdw.spectrum.requires_grad)
-        if self.bias is not None:
-            twin.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
-        return twin.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the layer's function of x: see the class for its shape."""
@@ -198,70 +195,8 @@ class _FDLayer(HasStaticWeight):
         return out if bias is None else out + bias.to(out.dtype)[:, None, None]
 
 
-class _FDConvolution(_FDLayer):
-    """What FDConv2d shares with those of other numbers of dimensions: from and to the static convolution.
-
-    They set what nn.Conv2d has, `in_channels` to `groups`.
-
-    Attributes:
-        static_class: The static convolution.
-    """
-
-    static_class: ClassVar[type[nn.Module]]
-
-    @classmethod
-    def from_conv(cls, conv: nn.Module, **kwargs: Any) -> Any:
-        """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
-
-        Args:
-            conv: Source layer, unchanged.
-            **kwargs: Keyword arguments of this class.
-
-        Raises:
-            ValueError: If `conv` is of another class, has groups, or pads with something other than zeros.
-        """
-        if type(conv) is not cls.static_class:
-            raise ValueError(
-                f"{type(conv).__name__} may compute something else than nn.{cls.static_class.__name__}, which alone is "
-                f"converted to {cls.__name__}"
-            )
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"padding_mode={conv.padding_mode!r}, but {cls.__name__} pads with zeros only")
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            init_weights=False,
-            device=None if conv.weight.is_meta else conv.weight.device,
-            dtype=conv.weight.dtype,
-            **kwargs,
-        )
-        layer._adopt(conv)
-        return layer.train(conv.training)
-
-    @torch.jit.ignore
-    def static_twin(self) -> nn.Module:
-        """Static convolution with the weight and bias that this layer has where every gate is 1."""
-        conv = self.static_class(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
-            bias=self.bias is not None, device=self.fdw.spectrum.device, dtype=self.fdw.spectrum.dtype,
-        )  # fmt: skip
-        return self._copy_static_to(conv)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
-        )
-
-
 @register_notrace_module  # sizes steer how it computes: a leaf of FX graphs
-class FDConv2d(_FDConvolution):
+class FDConv2d(_FDLayer, DynamicConvolution):
     """Frequency dynamic convolution, in place of nn.Conv2d.
 
     Args:
@@ -296,8 +231,6 @@ class FDConv2d(_FDConvolution):
         ValueError: On groups other than 1, a `num_bands` or `cutoffs` out of range, or an input of the wrong shape.
         TypeError: On an option that is no number where one is wanted, or the official code's `kernel_num`.
     """
-
-    static_class = nn.Conv2d
 
     def __init__(
         self,

@@ -8,12 +8,13 @@ from timm.layers import to_ntuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
-from .fdconv import _FDConvolution
+from .base import DynamicConvolution
+from .fdconv import _FDLayer
 from .fdw import GainMaps
 from .padding import explicit_pads
 
 
-class FDConvNd(_FDConvolution):
+class FDConvNd(_FDLayer, DynamicConvolution):
     """Frequency dynamic convolution of other things than maps.
 
     Args:

@@ -243,16 +243,19 @@ class KSM(nn.Module):
 
     @torch.jit.unused
     def _normalise_lone(self, hidden: Tensor) -> Tensor:
-        """The hidden map (1, A, 1, 1) normalised: a single sample has no statistics, so by BatchNorm's running ones."""
-        norm = self.norm
-        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or is_synchronised(norm):
-            return norm(hidden)
-        warn_of_lone_sample()
-        norm.training = False
-        try:
-            return norm(hidden)
-        finally:
-            norm.training = True
+        return normalise_lone(self.norm, hidden)
+
+
+def normalise_lone(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """The hidden map (1, A, 1, 1) normalised: a single sample has no statistics, so by BatchNorm's running ones."""
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or is_synchronised(norm):
+        return norm(hidden)
+    warn_of_lone_sample()
+    norm.training = False
+    try:
+        return norm(hidden)
+    finally:
+        norm.training = True
 
 
 def is_hooked(*parts: nn.Module) -> bool:

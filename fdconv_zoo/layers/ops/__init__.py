@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import (
     library,
+    mixed,
     registry,  # noqa: F401, registers the operators
     traced,
     triton,
@@ -122,6 +123,41 @@ def modulate_bands(
         return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
     else:
         return library.modulate_bands(x, weight, bias, cutoffs, mask_grid, fused)
+
+
+def mixed_conv2d(
+    x: Tensor,
+    attention: Tensor,
+    cells: Tensor,
+    positions: Tensor | None,
+    shape: list[int],
+    geometry: Geometry,
+    groups: int,
+) -> Tensor:
+    """Convolves each sample with a kernel mixed from a bank, in the input's dtype.
+
+    Args:
+        x: Input (B, Cin, H, W).
+        attention: Share of each cell of the bank in each cell of a sample's kernel (B, m, n); see
+            :class:`~fdconv_zoo.layers.ops.mixed.Mixture`.
+        cells: The bank (n, co, ci, a, b): whole kernels, or pieces that divide them.
+        positions: Gate of each kernel position (B, kh*kw), or None.
+        shape: Shape (Cout, Cin/groups, kh, kw) of a kernel.
+        geometry: Geometry of the convolution.
+        groups: Groups of channels.
+
+    Returns:
+        Output (B, Cout, Hout, Wout), dtype of the input.
+
+    Raises:
+        ValueError: If the padded input is smaller than the kernel, where the operator computes.
+    """
+    gate = None if positions is None else positions.to(x.dtype)
+    mixture = mixed.Mixture(x, attention.to(x.dtype), cells.to(x.dtype), gate)
+    if torch.jit.is_scripting() or takes_plain_operations():
+        return mixed.plain(mixture, shape, geometry, groups)
+    else:
+        return mixed.mixed_conv2d(mixture, shape, geometry, groups)
 
 
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bank, library, triton
+from . import bank, library, mixed, triton
 from .eager import limits
 from .flops import flops_of
 
@@ -111,6 +111,20 @@ OPERATORS = {
             "default": partial(library.bands_backward_by, limits.OTHER),
         },
         library.bands_backward_fake,
+        refuse,
+        None,
+    ),
+    "mixed_conv2d": Operator(
+        f"({mixed.CALL}) -> Tensor",
+        {"cpu": mixed.on_cpu, "default": mixed.elsewhere},
+        mixed.fake,
+        mixed.backward,
+        mixed.setup,
+    ),
+    "mixed_conv2d_backward": Operator(
+        f"(Tensor grad, {mixed.CALL}, bool need_x) -> Tensor[]",
+        {"cpu": mixed.backward_on_cpu, "default": mixed.backward_elsewhere},
+        mixed.backward_fake,
         refuse,
         None,
     ),

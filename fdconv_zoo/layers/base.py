@@ -1,0 +1,160 @@
+"""What all layers of this package share, FDConv's and those it is compared with: from and to the static layer."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class DynamicLayer(nn.Module):
+    """A layer that makes a weight for each sample, in place of a static layer.
+
+    The static weight is what it computes with where its modulation is at rest. A layer made from a static one is so and
+    computes the same function until it is trained.
+
+    Attributes:
+        method: Name of the method, for people.
+        held: Names of the parameters that hold the static weight and the static bias.
+        tied: Of those, by the static layer's name, the ones that other layers may share as they may share the static.
+    """
+
+    method: ClassVar[str]
+    held: ClassVar[tuple[str, str]]
+    tied: ClassVar[dict[str, str]] = {}
+
+    @torch.jit.ignore
+    def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """State, by key, in which the layer computes what the static layer of this weight and bias does.
+
+        Keys that it lacks may have any value, or those of a new layer. Without bias only what the weight decides.
+        """
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def put_static(
+        self, state: dict[str, Tensor], prefixes: Mapping[nn.Module, str], weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """Adds the static state to a model's state dict, which wins where it has a key already.
+
+        Args:
+            state: State dict of the model.
+            prefixes: Of the keys of each layer in it.
+            weight: As for :meth:`static_state`.
+            bias: As for :meth:`static_state`.
+        """
+        for key, value in self.static_state(weight, bias).items():
+            state.setdefault(f"{prefixes[self]}{key}", value)
+
+    @torch.jit.ignore
+    def static_weight(self) -> Tensor:
+        """What the layer computes with where its modulation is at rest, shaped as the static layer's weight."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def static_bias(self) -> Tensor | None:
+        """The bias (Cout,) where the modulation is at rest, or None."""
+        return self.bias
+
+    @torch.jit.ignore
+    def reset_modulation(self) -> None:
+        """Sets the modulation back to rest: the layer computes its static weight's function again."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes over the static weight and bias, shaped as the static layer's; the modulation is set to rest."""
+        own = self.state_dict(keep_vars=True)
+        for key, value in self.static_state(weight, bias).items():
+            own[key].copy_(value)
+
+    @torch.jit.ignore
+    def holder(self) -> nn.Parameter:
+        """The parameter that holds the static weight."""
+        return self.get_parameter(self.held[0])
+
+    @torch.jit.ignore
+    def modulation(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the static layer has no counterpart of."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if name not in self.held)
+
+    def _adopt(self, static: nn.Module) -> None:
+        # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
+        if static.weight.is_meta and not self.holder().is_meta:
+            self.to("meta")
+        self.set_static(static.weight, static.bias)
+        holders = dict(zip(self.held, (static.weight, static.bias), strict=True))
+        for name, parameter in self.named_parameters():
+            if name in holders:
+                parameter.requires_grad_(holders[name].requires_grad)
+
+    @torch.no_grad()
+    def _copy_static_to(self, twin: nn.Module) -> Any:
+        twin.weight.copy_(self.static_weight()).requires_grad_(self.holder().requires_grad)
+        if twin.bias is not None:
+            twin.bias.copy_(self.static_bias()).requires_grad_(self.get_parameter(self.held[1]).requires_grad)
+        return twin.train(self.training)
+
+
+class DynamicConvolution(DynamicLayer):
+    """A dynamic convolution; it has what the static one has, `in_channels` to `groups`.
+
+    Attributes:
+        static_class: The static convolution.
+        unset: Keyword arguments that leave the static weight to be set.
+    """
+
+    static_class: ClassVar[type[nn.Module]] = nn.Conv2d
+    unset: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, **kwargs: Any) -> Any:
+        """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
+
+        Args:
+            conv: Source layer, unchanged.
+            **kwargs: Keyword arguments of this class.
+
+        Raises:
+            ValueError: If `conv` is of another class, pads with something other than zeros, or can't be of this kind.
+        """
+        if type(conv) is not cls.static_class:
+            raise ValueError(
+                f"{type(conv).__name__} may compute something else than nn.{cls.static_class.__name__}, which alone is "
+                f"converted to {cls.__name__}"
+            )
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"padding_mode={conv.padding_mode!r}, but {cls.__name__} pads with zeros only")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device=None if conv.weight.is_meta else conv.weight.device,
+            dtype=conv.weight.dtype,
+            **cls.unset,
+            **kwargs,
+        )
+        layer._adopt(conv)
+        return layer.train(conv.training)
+
+    @torch.jit.ignore
+    def static_twin(self) -> nn.Module:
+        """Static convolution with the weight and bias that this layer has where its modulation is at rest."""
+        conv = self.static_class(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, dilation=self.dilation,
+            groups=self.groups, bias=self.static_bias() is not None, device=self.holder().device,
+            dtype=self.holder().dtype,
+        )  # fmt: skip
+        return self._copy_static_to(conv)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.static_bias() is not None}"
+        )

@@ -1,0 +1,256 @@
+"""KernelWarehouse: each piece of each kernel is a mixture of the cells of a bank that several layers share.
+
+Paper: KernelWarehouse: Rethinking the Design of Dynamic Convolution, ICML 2024, https://arxiv.org/abs/2406.07879
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..ksm import Projection
+from .conv2d import DynamicConv2d, add_bias, pooled
+from .parts import Annealed, Hidden, draw_by_fan_out
+from .warehouse import Place, Warehouse
+
+# What the null cell and this leave of a mixture of one cell alone is 1 / (1 + 0.001).
+NORM_FLOOR = 1e-3
+
+
+class KWAttention(Annealed):
+    """Contrasting-driven attention: logits over the sum of their magnitudes, which may be negative.
+
+    Its temperature is the paper's beta: 1 for the cells that mixtures start from alone, 0 for the attention alone.
+
+    Args:
+        in_channels: Input channels Cin.
+        place: The layer's place in its warehouse.
+        reduction: Ratio of hidden to input channels; at least 16 are kept.
+        nonlocal_basis_ratio: Below 1, the logits of other layers' cells are made from a basis of so many for each.
+        norm_layer: Normalisation of the hidden map.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    rest, lowest, highest = 0.0, 0.0, 1.0
+    columns: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        place: Place,
+        reduction: float,
+        nonlocal_basis_ratio: float,
+        norm_layer: Callable[..., nn.Module],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device)
+        self.column_list = place.columns
+        self.mixtures, self.cells = len(place.columns), place.num_cells
+        self.start, self.own = place.start, place.own
+        self.register_buffer("columns", torch.tensor(place.columns, device=device), persistent=False)
+        self.hidden = Hidden(in_channels, reduction, norm_layer, device=device, dtype=dtype)
+        others = self.cells - self.own
+        self.basis = max(int(others * nonlocal_basis_ratio), 16) if nonlocal_basis_ratio < 1 else 0
+        logits = self.own + self.basis + 1 if self.basis else self.cells + 1
+        self.fc2 = Projection(
+            self.hidden.channels, self.mixtures * logits, bias=not self.basis, device=device, dtype=dtype
+        )
+        draw_by_fan_out(self.fc2)
+        self.fc3 = self.basis_bias = None
+        if self.basis:
+            self.fc3 = Projection(self.basis, others, bias=False, device=device, dtype=dtype)
+            draw_by_fan_out(self.fc3)
+            self.basis_bias = nn.Parameter(torch.zeros(self.mixtures * (self.cells + 1), device=device, dtype=dtype))
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Sets the temperature to rest, and the columns to those of the layer's place."""
+        super().init_non_persistent_buffers()
+        self.columns = torch.tensor(self.column_list, device=self.temperature.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KWAttention":
+        """Moves the module; `to_empty` from the meta device leaves no columns."""
+        super()._apply(fn, recurse)
+        if not self.columns.is_meta:
+            self.columns.copy_(torch.tensor(self.column_list, device="cpu"))
+        return self
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, m, n + 1), the null cell's last."""
+        logits = self.fc2(hidden).view(hidden.shape[0], self.mixtures, -1)
+        if self.fc3 is None:
+            return logits
+        own, basis, null = logits.split([self.own, self.basis, 1], dim=2)
+        others = self.fc3(basis)
+        logits = torch.cat([others[..., : self.start], own, others[..., self.start :], null], dim=2)
+        return logits + self.basis_bias.view(self.mixtures, -1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Share of each cell in each mixture (B, m, n), from the pooled input (B, Cin)."""
+        logits = self._logits(self.hidden(pooled))
+        shares = logits / (logits.abs().sum(dim=2, keepdim=True) + NORM_FLOOR)
+        start = torch.zeros_like(shares[0]).scatter(1, self.columns.unsqueeze(1), 1.0)
+        return ((1 - self.temperature) * shares + self.temperature * start)[..., : self.cells]
+
+
+@register_notrace_module
+class KWConv2d(DynamicConv2d):
+    """Convolution with a kernel out of a warehouse, in place of nn.Conv2d.
+
+    The first layer made of a warehouse holds the cells, which the others take from it: they go where it goes.
+    TorchScript knows no such reference.
+
+    Args:
+        in_channels: As for :class:`~fdconv_zoo.layers.dynamic.conv2d.DynamicConv2d`, and so on up to `groups`.
+        groups: Only 1 is possible.
+        bias: Adds a learnt bias.
+        warehouse: The warehouse, or None for one of this layer alone, with a budget of 1.
+        reduction: Ratio of the attention's hidden channels to Cin; at least 16 are kept.
+        nonlocal_basis_ratio: As for :class:`KWAttention`.
+        norm_layer: Normalisation in the attention. BatchNorm takes its running statistics for a batch of one.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Shape:
+        As for :class:`~fdconv_zoo.layers.dynamic.conv2d.DynamicConv2d`.
+
+    Raises:
+        ValueError: On groups other than 1, or a layer that the warehouse was not planned for.
+    """
+
+    method = "KernelWarehouse"
+    held = ("cells", "bias")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        warehouse: Warehouse | None = None,
+        reduction: float = 1 / 16,
+        nonlocal_basis_ratio: float = 1.0,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        if groups != 1:
+            raise ValueError(f"groups={groups}, but KWConv2d's cells have all channels: only groups=1")
+        if nonlocal_basis_ratio <= 0:
+            raise ValueError(f"nonlocal_basis_ratio={nonlocal_basis_ratio}, but it must be above 0")
+        factory = {"device": device, "dtype": dtype}
+        warehouse = Warehouse([self.static_shape]) if warehouse is None else warehouse
+        place = warehouse.place(self)
+        self.ratio = warehouse.ratio
+        self.attention = KWAttention(in_channels, place, reduction, nonlocal_basis_ratio, norm_layer, **factory)
+        # In a tuple, where nn.Module does not look: the parameters are the first layer's alone.
+        self._first = (place.first,)
+        cells = None if place.first is not None else torch.empty(place.num_cells, *place.cell_shape, **factory)
+        self.register_parameter("cells", None if cells is None else nn.Parameter(cells))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None)
+        if place.own:
+            with torch.no_grad():
+                self._own_cells(self.bank()).normal_(std=math.sqrt(2 / (place.own * place.cell_shape[0])))
+        if place.first is None and place.own < place.num_cells:
+            with torch.no_grad():  # those of layers to come, and what a fraction of the budget leaves to none
+                self.cells[place.own :].normal_(std=math.sqrt(2 / (place.num_cells * place.cell_shape[0])))
+
+    def _own_cells(self, bank: Tensor) -> Tensor:
+        return bank[self.attention.start : self.attention.start + self.attention.own]
+
+    @torch.jit.ignore
+    def first(self) -> "KWConv2d":
+        """The layer that holds the cells."""
+        return self if self._first[0] is None else self._first[0]
+
+    @torch.jit.ignore
+    def bank(self) -> Tensor:
+        """The cells (n, co, ci, 1, 1)."""
+        return self.first().cells
+
+    @torch.jit.ignore
+    def holder(self) -> nn.Parameter:
+        """The cells, wherever they are held."""
+        return self.first().cells
+
+    def _refuse_below_one(self) -> None:
+        if self.ratio < 1:
+            raise ValueError(
+                f"cell_num_ratio={self.ratio}: a warehouse of fewer cells than the static layers have can't hold their "
+                "weights. Convert with cell_num_ratio of 1 or more, or train from scratch"
+            )
+
+    @torch.jit.ignore
+    def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """An attention at zero, but for a bias that gives each mixture the cell it starts from; without the cells.
+
+        Raises:
+            ValueError: The warehouse is too small for static weights.
+        """
+        self._refuse_below_one()
+        attention = self.attention
+        if attention.basis:
+            raise ValueError(
+                "nonlocal_basis_ratio below 1 with cell_num_ratio of 1 or more: no start from static weights"
+            )
+        logits = torch.zeros(attention.mixtures, attention.cells + 1, device=weight.device, dtype=weight.dtype)
+        logits[torch.arange(attention.mixtures), torch.tensor(attention.column_list)] = 1
+        state = {
+            "attention.fc2.weight": torch.zeros_like(attention.fc2.weight),
+            "attention.fc2.bias": logits.flatten(),
+        }
+        return state if bias is None else {**state, "bias": bias}
+
+    @torch.jit.ignore
+    def put_static(
+        self, state: dict[str, Tensor], prefixes: Mapping[nn.Module, str], weight: Tensor, bias: Tensor | None
+    ) -> None:
+        """Adds the static state to that of a model, the cells under the name of the layer that holds them."""
+        super().put_static(state, prefixes, weight, bias)
+        key = f"{prefixes[self.first()]}cells"
+        bank = state[key] if key in state else self.bank().detach().clone()
+        state[key] = self._with_pieces(bank, weight)
+
+    @torch.jit.ignore
+    def _with_pieces(self, bank: Tensor, weight: Tensor) -> Tensor:
+        """A bank with the pieces of a static weight in the cells that mixtures start from, in place."""
+        filters, channels, kh, kw = self.static_shape
+        co, ci = bank.shape[1:3]
+        grid = weight.view(filters // co, co, channels // ci, ci, kh, kw).permute(4, 5, 0, 2, 1, 3)
+        pieces = grid.reshape(-1, co, ci, 1, 1) * (1 + NORM_FLOOR)
+        bank[torch.tensor(self.attention.column_list)] = pieces.to(bank.dtype)
+        return bank
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes over the static weight and bias; other layers' cells stay."""
+        super().set_static(weight, bias)
+        self._with_pieces(self.bank(), weight)
+
+    @torch.jit.ignore
+    def static_weight(self) -> Tensor:
+        """What the cells that mixtures start from make (Cout, Cin, kh, kw).
+
+        Raises:
+            ValueError: The warehouse is too small for static weights.
+        """
+        self._refuse_below_one()
+        filters, channels, kh, kw = self.static_shape
+        bank = self.bank()
+        co, ci = bank.shape[1:3]
+        pieces = bank[torch.tensor(self.attention.column_list)].view(kh, kw, filters // co, channels // ci, co, ci)
+        return pieces.permute(2, 4, 3, 5, 0, 1).reshape(self.static_shape) / (1 + NORM_FLOOR)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        return add_bias(self._mix(x, self.attention(pooled(x)), self.bank(), None), self.bias)

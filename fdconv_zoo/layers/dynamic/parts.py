@@ -1,0 +1,143 @@
+"""Parts of the attention of dynamic convolutions.
+
+They are types of their own in place of nn.Linear and nn.Conv2d, as KSM's are: what others do to a network by type is
+not meant for the parts of a layer.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ksm import Projection, normalise_lone
+from ..ops.types import Geometry
+
+
+class Annealed(nn.Module):
+    """A number that a run anneals: state of the run and not of the weights, so no state dict has it.
+
+    It is a 0-dim buffer and no Python number, for which torch.compile would compile anew at each step.
+
+    Attributes:
+        rest: What it is once the annealing is over, and in evaluation of loaded weights.
+        highest: The largest value it may have.
+        lowest: The smallest.
+        temperature: The number.
+    """
+
+    rest: ClassVar[float]
+    lowest: ClassVar[float]
+    highest: ClassVar[float]
+    temperature: Tensor
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.tensor(self.rest, device=device), persistent=False)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def set_temperature(self, value: float) -> None:
+        """Sets the number, in place.
+
+        Raises:
+            ValueError: It is out of range.
+        """
+        if not self.lowest <= value <= self.highest:
+            raise ValueError(
+                f"a temperature of {value}, but {type(self).__name__} takes {self.lowest:g} to {self.highest:g}"
+            )
+        self.temperature.fill_(value)
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Sets the number to rest (timm's and Hugging Face's protocol for what lost its buffers)."""
+        self.temperature.fill_(self.rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Annealed":
+        """Moves the module; `to_empty` from the meta device leaves no number, nor does a cast round it."""
+        before = self.temperature
+        super()._apply(fn, recurse)
+        if self.temperature.is_meta or before.is_meta:
+            self.temperature = torch.full_like(self.temperature, self.rest, dtype=torch.float32)
+        else:
+            self.temperature = before.to(self.temperature.device)
+        return self
+
+
+class Hidden(nn.Module):
+    """The hidden layer relu(norm(F p)) of a pooled input p.
+
+    Args:
+        in_channels: Input channels Cin.
+        reduction: Ratio of hidden to input channels; at least 16 are kept.
+        norm_layer: Normalisation of the hidden (B, A, 1, 1) map. A BatchNorm that trains takes the running statistics
+            for a batch of one, as KSM's.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: float,
+        norm_layer: Callable[..., nn.Module],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if reduction <= 0:
+            raise ValueError(f"reduction={reduction}, but it must be above 0")
+        self.channels = max(int(in_channels * reduction), 16)
+        self.fc = Projection(in_channels, self.channels, bias=False, device=device, dtype=dtype)
+        self.norm = norm_layer(self.channels).to(device=device, dtype=dtype)
+        draw_by_fan_out(self.fc)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Takes (B, Cin) to (B, A)."""
+        hidden = self.fc(pooled)[:, :, None, None]
+        if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
+            hidden = self._normalise_lone(hidden)
+        else:
+            hidden = self.norm(hidden)
+        return F.relu(hidden).flatten(1)
+
+    @torch.jit.unused
+    def _normalise_lone(self, hidden: Tensor) -> Tensor:
+        return normalise_lone(self.norm, hidden)
+
+
+def draw_by_fan_out(projection: Projection) -> None:
+    """Draws a weight from a normal distribution of variance 2 / fan_out, and sets the bias to zero."""
+    nn.init.kaiming_normal_(projection.weight, mode="fan_out", nonlinearity="relu")
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
+class Kernel(nn.Module):
+    """A static convolution inside a dynamic one, without bias.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Filters.
+        kernel_size: (kh, kw).
+        device: Device of the parameter.
+        dtype: Dtype of the parameter, which is left to be set.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel_size, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """Convolves x (B, Cin, H, W); the padding is the same on both sides."""
+        left, _, top, _ = geometry.padding
+        return F.conv2d(x, self.weight.to(x.dtype), None, geometry.stride, [top, left], geometry.dilation)
