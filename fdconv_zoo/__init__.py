@@ -1,8 +1,9 @@
 """Frequency Dynamic Convolution (FDConv, CVPR 2025) for timm: importing this package registers its models."""
 
-from . import fdconv_convnext, fdconv_mobilenet, fdconv_resnet, fdconv_swin
+from . import dynamic_convnext, dynamic_resnet, fdconv_convnext, fdconv_mobilenet, fdconv_resnet, fdconv_swin
 from .banks import drop_banks, keep_banks
 from .convert import (
+    convert,
     convert_official_state_dict,
     convert_static_state_dict,
     convert_to_fdconv,
@@ -23,11 +24,14 @@ __all__ = [
     "FDLinear",
     "PretrainedError",
     "__version__",
+    "convert",
     "convert_official_state_dict",
     "convert_static_state_dict",
     "convert_to_fdconv",
     "create_conv2d",
     "drop_banks",
+    "dynamic_convnext",
+    "dynamic_resnet",
     "fdconv_convnext",
     "fdconv_mobilenet",
     "fdconv_resnet",

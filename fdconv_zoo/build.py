@@ -8,18 +8,21 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from .checkpoint import describe_misfits, fits
-from .convert import convert_to_fdconv, move_static_weights, named_fd_layers
+from .choice import named_dynamic_layers
+from .convert import convert, move_static_weights
 from .layers.options import describe_names
 from .pretrained import resolve_pretrained
 
 
-class FDConvModel(nn.Module):
+class ConvertedModel(nn.Module):
     """A model of timm's, converted: the first base of a class whose second is timm's.
 
-    Options of the FDConv layers are keyword arguments of the model; all others are timm's. KSM's `norm_layer` and
-    `act_layer` are called `ksm_norm_layer` and `ksm_act_layer`, since timm's models have their own.
+    Options of the dynamic layers are keyword arguments of the model; all others are timm's. KSM's `norm_layer` and
+    `act_layer` are called `ksm_norm_layer` and `ksm_act_layer`, since timm's models have their own; those of the other
+    methods `attention_norm_layer`. Without pretrained weights the layers start as their paper has it.
 
     Attributes:
+        method: What :func:`~fdconv_zoo.convert` converts to.
         options: Options of the layers that such a model may be given.
         defaults: Those that differ from the layers' own.
 
@@ -27,13 +30,21 @@ class FDConvModel(nn.Module):
         TypeError: On a keyword argument that neither the layers nor timm's model have; it lists those there are.
     """
 
+    method: ClassVar[str] = "fdconv"
     options: ClassVar[frozenset[str]]
     defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         chosen, rest = self._split_options(kwargs)
         super().__init__(*args, **rest)
-        convert_to_fdconv(self, include=self._rule_within, **{**self.defaults, **chosen})
+        convert(self, self.method, self._rule_within, **{**self.defaults, **chosen})
+        self._start_from_scratch()
+
+    def _start_from_scratch(self) -> None:
+        # FDConv's paper draws the static weight as any, with every gate at 1: so it is converted.
+        if self.method != "fdconv":
+            for _, layer in named_dynamic_layers(self):
+                layer.reset_parameters()
 
     @classmethod
     def _rule_within(cls, name: str, module: nn.Module) -> bool | None:
@@ -45,7 +56,7 @@ class FDConvModel(nn.Module):
         Raises:
             RuntimeError: The state dict does not fit.
         """
-        if any(f"{name}.weight" in state_dict for name, _ in named_fd_layers(self)):
+        if any(f"{name}.weight" in state_dict for name, _ in named_dynamic_layers(self)):
             try:
                 state_dict = move_static_weights(state_dict, self)
             except ValueError as error:
@@ -63,14 +74,17 @@ class FDConvModel(nn.Module):
     @classmethod
     def _split_options(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of the layers by the layers' names, and what is left for timm's model."""
-        own = {f"ksm_{option}" if option in ("norm_layer", "act_layer") else option: option for option in cls.options}
+        part = "ksm" if cls.method == "fdconv" else "attention"
+        own = {
+            f"{part}_{option}" if option in ("norm_layer", "act_layer") else option: option for option in cls.options
+        }
         known = inspect.signature(super().__init__).parameters
         unknown = [key for key in kwargs if key not in own and key not in known]
         # timm 1.0.26's SwinTransformer takes any keyword.
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         if unknown and not takes_any:
             raise TypeError(
-                f"{cls.__name__} has no keyword argument {describe_names(unknown)}; those of its FDConv layers are "
+                f"{cls.__name__} has no keyword argument {describe_names(unknown)}; those of its dynamic layers are "
                 f"{', '.join(sorted(own))}, those of timm's model {', '.join(k for k in known if k != 'self')}"
             )
         chosen = {option: kwargs[key] for key, option in own.items() if key in kwargs}
@@ -90,7 +104,7 @@ def build_fdconv(
         model_cls: Class of the model.
         variant: Registered name without a tag.
         pretrained: Loads pretrained weights.
-        pretrained_filter_fn: Moves a checkpoint of the static model into the Fourier domain.
+        pretrained_filter_fn: Converts a checkpoint of the static model.
         **kwargs: As for timm's `build_model_with_cfg`.
 
     Raises:

@@ -16,8 +16,11 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
+from .layers.base import DynamicLayer
+from .methods import METHODS, Method
 from .structure import (
     MIN_CHANNELS,
+    SHORTCUTS,
     find_mlps,
     find_pooled,
     has_stages,
@@ -31,16 +34,8 @@ Rule = Callable[[str, nn.Module], bool | None]
 # Names, each for itself and all below it, narrow the rule's choice.
 Include = Rule | str | Sequence[str]
 
-# What a layer of each type is replaced by: its counterpart's constructor from a static layer.
-COUNTERPARTS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Conv1d: FDConv1d.from_conv,
-    nn.Conv2d: FDConv2d.from_conv,
-    nn.Conv3d: FDConv3d.from_conv,
-    nn.Linear: FDLinear.from_linear,
-}
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 STEMS = {"stem", "conv1", "conv_stem", "patch_embed"}
-SHORTCUTS = {"downsample", "shortcut", "proj"}
 CLASSIFIERS = {"head", "heads", "head_dist", "classifier", "fc", "AuxLogits", "aux_classifier"}
 MLPS = {"mlp", "ffn"}
 SQUEEZE_EXCITE = ("SqueezeExcit", "SEModule", "SEBlock", "EffectiveSE")
@@ -55,19 +50,21 @@ class LayerReport:
     Attributes:
         name: Name of the layer in the model.
         shape: Shape of its static weight; empty before a lazy layer has one.
-        reason: Why it stays static; empty where it is (to be) an FDConv layer.
+        reason: Why it stays static; empty where it is (to be) dynamic.
+        kind: What it is (to be) then.
     """
 
     name: str
     shape: tuple[int, ...]
     reason: str
+    kind: str = "FDConv"
 
     @property
     def replaced(self) -> bool:
         return not self.reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {'x'.join(map(str, self.shape))} {self.reason or 'FDConv'}"
+        return f"{self.name}: {'x'.join(map(str, self.shape))} {self.reason or self.kind}"
 
 
 class Summary(list[LayerReport]):
@@ -75,10 +72,11 @@ class Summary(list[LayerReport]):
 
     def __str__(self) -> str:
         replaced = sum(report.replaced for report in self)
-        rows = [(r.name, "x".join(map(str, r.shape)), f"static: {r.reason}" if r.reason else "FDConv") for r in self]
+        rows = [(r.name, "x".join(map(str, r.shape)), f"static: {r.reason}" if r.reason else r.kind) for r in self]
         name_width, shape_width = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
         lines = [f"{name:<{name_width}}  {shape:<{shape_width}}  {fate}" for name, shape, fate in rows]
-        return "\n".join([*lines, f"FDConv: {replaced} of {len(self)} layers"])
+        kinds = ", ".join(dict.fromkeys(report.kind for report in self if report.replaced)) or "FDConv"
+        return "\n".join([*lines, f"{kinds}: {replaced} of {len(self)} layers"])
 
 
 class Candidate(NamedTuple):
@@ -96,16 +94,23 @@ class Candidate(NamedTuple):
     reason: str
     problem: Problem | None = None
 
-    def report(self) -> LayerReport:
+    def report(self, kind: str = "FDConv") -> LayerReport:
         weight = getattr(self.layer, "weight", None)
         known = weight is not None and not isinstance(self.layer, LazyModuleMixin)
-        return LayerReport(self.name, tuple(weight.shape) if known else (), self.reason)
+        return LayerReport(self.name, tuple(weight.shape) if known else (), self.reason, kind)
 
 
 def named_fd_layers(model: nn.Module) -> Iterator[tuple[str, FDLayer]]:
     """Names and modules of the FDConv layers of a model; a lone layer has the empty name."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FDLayer):
+            yield name, module
+
+
+def named_dynamic_layers(model: nn.Module) -> Iterator[tuple[str, DynamicLayer]]:
+    """Names and modules of the dynamic layers of a model, of whatever method; a lone layer has the empty name."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DynamicLayer):
             yield name, module
 
 
@@ -119,16 +124,18 @@ def is_large(kernel_size: Sequence[int]) -> bool:
     return math.prod(kernel_size) > 3 ** max(len(kernel_size), 2)
 
 
-def impossible_reason(layer: nn.Module) -> str:
-    """Why a layer can't be an FDConv layer, or an empty string."""
+def impossible_reason(layer: nn.Module, method: Method) -> str:
+    """Why a layer can't be one of a method's, or an empty string."""
     if isinstance(layer, LazyModuleMixin):
         return f"not initialised ({type(layer).__name__}): run the model once before it is converted"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return "a transposed convolution: FDConv has none"
+        return f"a transposed convolution: {method.title} has none"
     if "weight" not in layer._parameters and not hasattr(layer, "parametrizations"):
         sources = ", ".join(layer._parameters) or "nothing"
         return f"its weight is computed from {sources} by a hook (weight_norm, spectral_norm, pruning)"
-    if type(layer) not in COUNTERPARTS:
+    if type(layer) not in method.counterparts:
+        if type(layer) in METHODS["fdconv"].counterparts:
+            return f"nn.{type(layer).__name__}: {method.title} has none"
         return f"a subclass ({type(layer).__name__}) that computes something else"
     if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
         return "it has hooks on its state dict"
@@ -144,10 +151,11 @@ class Rules:
 
     Args:
         model: A static or a converted model.
+        method: What the layers are replaced by.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        self.model, self.method = model, method
         self.networks = sorted(set(network_names(model)), key=len, reverse=True)
         self.mlps, self.narrow_mlps = find_mlps(model)
         self.pooled = find_pooled(model)
@@ -161,12 +169,12 @@ class Rules:
         """Why a layer stays static, or an empty string if it is replaced."""
         network, parts = self._local(name)
         if isinstance(layer, LazyModuleMixin | nn.modules.conv._ConvTransposeNd):
-            return impossible_reason(layer)
+            return impossible_reason(layer, self.method)
         if "weight" in layer._parameters and is_narrow(*layer.weight.shape[:2]) and getattr(layer, "groups", 1) == 1:
             return f"narrow: fewer than {MIN_CHANNELS} channels"
         if parts[0] in CLASSIFIERS:
             return "classifier"
-        impossible = impossible_reason(layer)
+        impossible = impossible_reason(layer, self.method)
         if impossible and not impossible.startswith("groups"):
             return impossible
         if parts[0] in STEMS and len(parts) <= 2:
@@ -183,7 +191,7 @@ class Rules:
             return "encoding of positions, the same for every image"
         if isinstance(layer, nn.Linear):
             return self._linear_reason(layer, parts)
-        if SHORTCUTS.intersection(parts):
+        if SHORTCUTS.intersection(parts) and not self.method.shortcuts:
             return "shortcut or downsampling between stages"
         if impossible:
             return impossible
@@ -226,13 +234,19 @@ def _lies_in(layer: str, name: str) -> bool:
     return fnmatchcase(layer, name) or fnmatchcase(layer, f"{name}.*")
 
 
-def choose(model: nn.Module, include: Include | None = None, allow: Collection[str] = ()) -> list[Candidate]:
+def choose(
+    model: nn.Module,
+    include: Include | None = None,
+    allow: Collection[str] = (),
+    method: Method = METHODS["fdconv"],
+) -> list[Candidate]:
     """Decides about every static convolution and linear layer of a model.
 
     Args:
         model: A static or a converted model.
         include: As for :func:`~fdconv_zoo.convert_to_fdconv`.
         allow: As for :func:`~fdconv_zoo.convert_to_fdconv`.
+        method: What the layers are replaced by.
 
     Raises:
         ValueError: If `include` insists on a layer that can't be replaced, or names what the model has not.
@@ -243,9 +257,9 @@ def choose(model: nn.Module, include: Include | None = None, allow: Collection[s
         hint = f'; timm.create_model("{model}") makes one' if isinstance(model, str) else ""
         raise TypeError(f"a model (nn.Module) is wanted, got {got}{hint}")
     rule = None if include is None else include_rule(include, model)
-    inside = tuple(f"{name}." if name else "" for name, _ in named_fd_layers(model))
-    rules, unfit = Rules(model), find_unfit(model)
-    found = []
+    inside = tuple(f"{name}." if name else "" for name, _ in named_dynamic_layers(model))
+    rules, unfit = Rules(model, method), find_unfit(model)
+    found, insisted = [], set()
     for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, WEIGHTED) or name.startswith(inside):
             continue
@@ -254,15 +268,18 @@ def choose(model: nn.Module, include: Include | None = None, allow: Collection[s
         if wanted is not None and not wanted:
             reason = reason or "not included"
         elif wanted and reason:
-            if impossible_reason(layer):
+            if impossible := impossible_reason(layer, method):
                 raise ValueError(
-                    f"include returned True for {name}, which can't be an FDConv layer: {impossible_reason(layer)}. "
+                    f"include returned True for {name}, which can't be an {method.title} layer: {impossible}. "
                     "True insists on a layer that the rule leaves; return None for the rule's choice"
                 )
             reason = ""
+        if wanted:
+            insisted.add(name)
         problem = None if reason else unfit.get(layer)
         if problem and problem.keyword not in allow:
             found.append(Candidate(name, layer, problem.reason, problem))
         else:
             found.append(Candidate(name, layer, reason))
-    return found
+    left = method.left({candidate.name: candidate.layer for candidate in found if not candidate.reason})
+    return [c._replace(reason=left[c.name]) if c.name in left and c.name not in insisted else c for c in found]

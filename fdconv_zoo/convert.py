@@ -1,9 +1,8 @@
-"""Static layers, models and state dicts into the Fourier domain; official FDConv checkpoints into this package's names.
+"""Static layers, models and state dicts into dynamic ones; official FDConv checkpoints into this package's names.
 
 Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, https://arxiv.org/abs/2503.18783 (Sec. 4)
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -13,12 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import OPTIONAL, fits
-from .choice import COUNTERPARTS, Candidate, FDLayer, Include, LayerReport, Summary, choose, named_fd_layers
+from .choice import (
+    Candidate,
+    FDLayer,
+    Include,
+    LayerReport,
+    Summary,
+    choose,
+    named_dynamic_layers,
+    named_fd_layers,
+)
 from .handover import find_shared, hand_over, tie
-from .layers import FDConv2d, to_spectrum
-from .layers.fdw import GainMaps
-from .layers.fourier import column_scale, weight_to_matrix
+from .layers.base import DynamicLayer
+from .layers.fourier import column_scale
 from .layers.options import describe_names
+from .methods import find_method
+from .official_names import convert_layers
 from .reparameterize import keep_unfused
 from .tokens import PROBLEMS
 
@@ -43,17 +52,13 @@ def summary(model: nn.Module, include: Include | None = None) -> Summary:
         TypeError: If `model` is no module, or `include` neither function nor names.
     """
     reports = {candidate.name: candidate.report() for candidate in choose(model, include)}
-    converted = {name: LayerReport(name, layer.static_shape, "") for name, layer in named_fd_layers(model)}
+    converted = {
+        name: LayerReport(name, layer.static_shape, "", layer.method) for name, layer in named_dynamic_layers(model)
+    }
     if converted:
         left = "left when the model was converted"
         reports = {name: replace(report, reason=report.reason or left) for name, report in reports.items()} | converted
     return Summary(reports[name] for name, _ in model.named_modules(remove_duplicate=False) if name in reports)
-
-
-def layer_options(layer_class: type[nn.Module]) -> set[str]:
-    """Keyword arguments of a layer that its static source does not decide."""
-    parameters = inspect.signature(layer_class).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"init_weights", "gain_maps", "device", "dtype"}
 
 
 def place(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -62,71 +67,90 @@ def place(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def convert_to_fdconv(
-    model: nn.Module, include: Include | None = None, *, allow: Collection[str] = (), **kwargs: Any
+def convert(
+    model: nn.Module,
+    method: str = "fdconv",
+    include: Include | None = None,
+    *,
+    allow: Collection[str] = (),
+    **kwargs: Any,
 ) -> nn.Module:
-    """Replaces the layers of a model that the paper replaces, in place; the model computes the same function as before.
+    """Replaces layers of a model by dynamic ones, in place; the model computes the same function as before.
 
-    Replaced are the convolutions of the blocks and the linear layers of the MLPs; stems, shortcuts, classifiers,
-    grouped and narrow layers stay (:func:`summary` lists them with the reason). Hooks, shared parameters and lists that
-    hold a layer go over to its replacement.
+    Which ones is the method's matter. "fdconv" replaces the convolutions of the blocks and the linear layers of the
+    MLPs; stems, shortcuts, classifiers, grouped and narrow layers stay (:func:`summary` lists them with the reason).
+    "condconv", "dcd" and "odconv" replace these convolutions and no linear layers, "dyconv" the shortcuts too, and "kw"
+    those but the ones before its first warehouse. CondConv's paper has it in the last stage alone: narrow it with
+    `include`. Hooks, shared parameters and lists that hold a layer go over to its replacement.
 
     Args:
         model: Any CNN or transformer of timm, torchvision or one's own.
+        method: "fdconv", "condconv", "dyconv", "dcd", "odconv" or "kw".
         include: Names of modules, such as "layer4", ["layer3", "layer4"] or "*.conv2": what lies in none of them is
             left. Or a function: `include(name, module)` is asked about each convolution and linear layer: False leaves
             it, True insists on it where the rules would leave it, None takes the rules' choice.
         allow: What is refused otherwise: "causal" for the MLPs of causal blocks, "sequence_first" for those of blocks
             with nn.MultiheadAttention(batch_first=False).
-        **kwargs: Keyword arguments of FDConv2d and FDLinear; the latter has no `cutoffs`, `mask_grid` and `fbm`.
+        **kwargs: Keyword arguments of the method's layers, such as FDConv2d and FDLinear; the latter has no `cutoffs`,
+            `mask_grid` and `fbm`. Of "kw" also `cell_num_ratio`, `cell_inplane_ratio` and `cell_outplane_ratio`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If a keyword belongs to neither layer, `include` insists on what can't be replaced or names what the
-            model has not, FDLinear would mix what must not be mixed (see `allow`), or nothing was replaced.
+        ValueError: If a keyword belongs to no layer, `include` insists on what can't be replaced or names what the
+            model has not, FDLinear would mix what must not be mixed (see `allow`), the method can't hold static
+            weights, or nothing was replaced.
         TypeError: If `model` is no module, `include` neither function nor names, or an option no number where one is
             wanted.
     """
-    known = layer_options(FDConv2d)
+    chosen = find_method(method)
+    known = chosen.options
     if set(kwargs) - known:
         raise ValueError(
-            f"FDConv2d and FDLinear have no keyword argument {describe_names(set(kwargs) - known)} to choose here, "
+            f"{chosen.layers} have no keyword argument {describe_names(set(kwargs) - known)} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
     keywords = {problem.keyword for problem in PROBLEMS}
     if set(allow) - keywords:
         raise ValueError(f"allow={tuple(allow)}, but it may name {', '.join(map(repr, sorted(keywords)))}")
-    candidates = choose(model, include, allow)
+    candidates = choose(model, include, allow, chosen)
     _raise_on_unfit_blocks(candidates)
-    shared = find_shared(model, [c.layer for c in candidates if not c.reason])
-    replaced: dict[nn.Module, FDLayer] = {}
-    gain_maps: GainMaps = {}
-    for name, layer, reason, _ in candidates:
-        if reason or layer in replaced:
+    layers = {c.name: c.layer for c in candidates if not c.reason}
+    shared = find_shared(model, layers.values())
+    options = chosen.plan(layers, kwargs)
+    replaced: dict[nn.Module, DynamicLayer] = {}
+    for name, layer in layers.items():
+        if layer in replaced:
             continue
         if layer in shared:
             raise ValueError(f"{name}: {shared[layer]}; leave it with include")
         try:
-            replaced[layer] = _counterpart(layer, gain_maps, kwargs)
+            replaced[layer] = chosen.make(layer, options[name])
         except ValueError as error:
             raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:
         reasons = "; ".join(f"{c.name}: {c.reason}" for c in candidates) or "it has no convolution or linear layer"
-        if converted := sum(1 for _ in named_fd_layers(model)):
-            reasons = f"already converted, {converted} of its layers are FDConv; print(summary(model)) lists the rest"
+        if converted := [layer.method for _, layer in named_dynamic_layers(model)]:
+            reasons = f"already converted, {len(converted)} of its layers are {', '.join(dict.fromkeys(converted))}; "
+            reasons += "print(summary(model)) lists the rest"
         raise ValueError(f"nothing to replace in {type(model).__name__}: {reasons}")
     tie(replaced)
     hand_over(model, replaced)
     if model in replaced:
         return replaced[model]
-    for name, layer, reason, _ in candidates:
-        if not reason:
-            place(model, name, replaced[layer])
-            keep_unfused(model, name)
-    _logger.info(f"{len(replaced)} of {len(candidates)} layers are FDConv now; summary(model) lists them")
+    for name, layer in layers.items():
+        place(model, name, replaced[layer])
+        keep_unfused(model, name)
+    _logger.info(f"{len(layers)} of {len(candidates)} layers are {chosen.title} now; summary(model) lists them")
     return model
+
+
+def convert_to_fdconv(
+    model: nn.Module, include: Include | None = None, *, allow: Collection[str] = (), **kwargs: Any
+) -> nn.Module:
+    """:func:`convert` with "fdconv": replaces the layers of a model that the FDConv paper replaces, in place."""
+    return convert(model, "fdconv", include, allow=allow, **kwargs)
 
 
 def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
@@ -140,20 +164,14 @@ def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
             )
 
 
-def _counterpart(layer: nn.Module, gain_maps: GainMaps, kwargs: dict[str, Any]) -> FDLayer:
-    make = COUNTERPARTS[type(layer)]
-    options = layer_options(make.__self__)
-    return make(layer, gain_maps=gain_maps, **{key: value for key, value in kwargs.items() if key in options})
-
-
 def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
-    """Runs a static initialisation on a converted model: its FDConv layers get the weights their static twins would.
+    """Runs a static initialisation on a converted model: its dynamic layers get the weights their static twins would.
 
     Args:
-        model: A converted model; its layers keep their identity, and their gates go back to 1.
-        initialize: Initialises `model`, in which FDConv layers stand as nn.Conv2d and nn.Linear meanwhile.
+        model: A converted model; its layers keep their identity, and their modulation goes back to rest.
+        initialize: Initialises `model`, in which dynamic layers stand as nn.Conv2d and nn.Linear meanwhile.
     """
-    layers = dict(named_fd_layers(model))
+    layers = dict(named_dynamic_layers(model))
     twins = {name: layer.static_twin() for name, layer in layers.items()}
     for name, twin in twins.items():
         place(model, name, twin)
@@ -172,14 +190,15 @@ def _raise_on_unfit(unfit: list[str], what: str) -> None:
 
 
 def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Turns the state dict of a static model into one for its FDConv counterpart, which computes the same function.
+    """Turns the state dict of a static model into one for its dynamic counterpart, which computes the same function.
 
-    Keys that are in the Fourier domain already stay as they are, so converting twice changes nothing. A layer's static
+    Keys that are a dynamic layer's already stay as they are, so converting twice changes nothing. A layer's static
     weight is all of it: BatchNorm that `model` has absorbed into the layer goes, when the state dict is loaded.
 
     Args:
-        state_dict: Weights of the static model, or of the FDConv one.
-        model: The FDConv model or a lone FDConv layer. Gates that the state dict lacks are those of `model`.
+        state_dict: Weights of the static model, or of the dynamic one.
+        model: The FDConv model, or one with other dynamic layers, or a lone layer. What the state dict lacks of a
+            layer's modulation, and its static weight does not decide, is as in `model`.
 
     Returns:
         A state dict for `model`.
@@ -199,20 +218,24 @@ def move_static_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
     own = model.state_dict()
     out = dict(state_dict)
     wrong_shapes = []
-    for name, layer in named_fd_layers(model):
+    layers = dict(named_dynamic_layers(model))
+    prefixes = {layer: f"{name}." if name else "" for name, layer in layers.items()}
+    for name, layer in layers.items():
         prefix = f"{name}." if name else ""
         weight = out.pop(f"{prefix}weight", None)
         if weight is not None:
-            both = [key for key in (f"{prefix}fdw.spectrum", f"{prefix}filter_scale") if key in out]
+            dynamic = (f"{prefix}{layer.held[0]}", f"{prefix}filter_scale")
+            both = [key for key in dynamic if key in state_dict]
             if both:
                 raise ValueError(f"the state dict has {prefix}weight, which is static, beside {', '.join(both)}")
             expected = layer.static_shape
             if not layer.takes_shape(weight.shape):
                 wrong_shapes.append(f"{prefix}weight {tuple(weight.shape)} instead of {expected}")
                 continue
-            matrix = weight_to_matrix(weight.reshape(*expected[:2], *layer.kernel_shape))
-            out[f"{prefix}fdw.spectrum"] = to_spectrum(matrix)
-        if f"{prefix}fdw.spectrum" in out:
+            # Another name of the bias means that the layer has several.
+            bias = out.get(f"{prefix}bias") if layer.held[1] == "bias" else out.pop(f"{prefix}bias", None)
+            layer.put_static(out, {**prefixes, layer: prefix}, weight.reshape(expected), bias)
+        if f"{prefix}{layer.held[0]}" in out or weight is not None:
             for key in layer.state_dict(prefix=prefix):
                 if key not in (f"{prefix}bias", f"{prefix}filter_scale"):
                     out.setdefault(key, own[key].clone())
@@ -266,14 +289,15 @@ def _convert_official_layer(state: dict[str, Tensor], layer: FDLayer) -> dict[st
 
 
 def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Turns a checkpoint of the official FDConv repository into a state dict for this package's model.
+    """Turns a checkpoint of a method's official repository into a state dict for this package's model.
 
-    Such checkpoints were trained with masks on a 64x64 grid: build the model with `mask_grid=64`.
+    FDConv's were trained with masks on a 64x64 grid: build the model with `mask_grid=64`. Those of ODConv,
+    KernelWarehouse and DCD, of timm's CondConv and of the usual DY-Conv have the names of their reference code.
 
     Args:
         state_dict: Official backbone or detector checkpoint (keys below `backbone.`), with or without the wrappers
-            `state_dict`, `model` and `module.`; layers that are static there are moved into the Fourier domain.
-        model: The FDConv model or a lone FDConv layer.
+            `state_dict`, `model` and `module.`; layers that are static there are converted.
+        model: The model or a lone layer.
 
     Returns:
         A state dict for `model`. A detector's checkpoint has no classifier, so it fits with `num_classes=0`.
@@ -287,6 +311,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): v for key, v in state.items() if key.startswith("backbone.")}
+    state = convert_layers(state, model)
     missing, wrong_shapes = [], []
     for name, layer in named_fd_layers(model):
         prefix = f"{name}." if name else ""

@@ -14,13 +14,14 @@ from timm.models.convnext import ConvNeXt
 from timm.models.convnext import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
-from .build import FDConvModel, build_fdconv
-from .convert import filter_pretrained, layer_options
+from .build import ConvertedModel, build_fdconv
+from .convert import filter_pretrained
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
+from .methods import layer_options
 
 
-class FDConvNeXt(FDConvModel, ConvNeXt):
+class FDConvNeXt(ConvertedModel, ConvNeXt):
     """timm's ConvNeXt with FDLinear in its MLPs, or pointwise FDConv2d where they are convolutions."""
 
     options = frozenset(layer_options(FDLinear))

@@ -11,13 +11,14 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
-from .build import FDConvModel, build_fdconv
-from .convert import filter_pretrained, layer_options
+from .build import ConvertedModel, build_fdconv
+from .convert import filter_pretrained
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
+from .methods import layer_options
 
 
-class FDConvMobileNet(FDConvModel, EfficientNet):
+class FDConvMobileNet(ConvertedModel, EfficientNet):
     """timm's EfficientNet, which its MobileNets are, with FDConv2d for its pointwise convolutions."""
 
     # Pointwise convolutions have no FBM, but the official order of coefficients.

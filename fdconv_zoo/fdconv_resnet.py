@@ -13,13 +13,14 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .build import FDConvModel, build_fdconv
-from .convert import filter_pretrained, init_static, layer_options
+from .build import ConvertedModel, build_fdconv
+from .convert import filter_pretrained, init_static
 from .default_cfgs import converted_cfgs
 from .layers import FDConv2d
+from .methods import layer_options
 
 
-class FDConvResNet(FDConvModel, ResNet):
+class FDConvResNet(ConvertedModel, ResNet):
     """timm's ResNet with FDConv2d in its residual branches."""
 
     options = frozenset(layer_options(FDConv2d))

@@ -16,13 +16,14 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
-from .build import FDConvModel, build_fdconv
-from .convert import filter_pretrained, init_static, layer_options
+from .build import ConvertedModel, build_fdconv
+from .convert import filter_pretrained, init_static
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
+from .methods import layer_options
 
 
-class FDConvSwin(FDConvModel, SwinTransformer):
+class FDConvSwin(ConvertedModel, SwinTransformer):
     """timm's SwinTransformer with FDLinear in its MLPs."""
 
     options = frozenset(layer_options(FDLinear))

@@ -43,12 +43,19 @@ def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module
 
 
 def tie(replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Lets FDConv layers share what their static layers share, given the FDConv layer of each static one."""
+    """Lets dynamic layers share what their static layers share, given the dynamic layer of each static one.
+
+    Raises:
+        ValueError: Two layers share a parameter whose counterparts can't be shared.
+    """
+    _refuse_untied(replaced)
     known: dict[int, nn.Parameter] = {}
     for static, layer in replaced.items():
-        layer.fdw.spectrum = known.setdefault(id(static.weight), layer.fdw.spectrum)
-        if static.bias is not None:
-            layer.bias = known.setdefault(id(static.bias), layer.bias)
+        for key, name in layer.tied.items():
+            if static._parameters[key] is not None:
+                path, _, own = name.rpartition(".")
+                holder = layer.get_submodule(path)
+                setattr(holder, own, known.setdefault(id(static._parameters[key]), getattr(holder, own)))
 
 
 def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
@@ -68,6 +75,18 @@ def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None
                 new = _swap(value, replaced)
                 if new is not value:
                     module.__dict__[key] = new
+
+
+def _refuse_untied(replaced: Mapping[nn.Module, nn.Module]) -> None:
+    seen: set[int] = set()
+    for static, layer in replaced.items():
+        for key, parameter in static._parameters.items():
+            if parameter is not None and key not in layer.tied:
+                if id(parameter) in seen:
+                    raise ValueError(
+                        f"two layers share a {key}, which {type(layer).__name__} can't: leave them with include"
+                    )
+                seen.add(id(parameter))
 
 
 def _swap(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:

@@ -1,16 +1,18 @@
-"""The parameters of FDConv's modulation, which no static model has: to train them alone, or at a rate of their own."""
+"""The parameters of modulation, which no static model has: to train them alone, or at a rate of their own."""
 
 from collections.abc import Iterator
 
 from torch import nn
 
-from .convert import named_fd_layers
+from .choice import named_dynamic_layers
 
 __all__ = ["freeze_static", "modulation_parameters"]
 
 
 def modulation_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of KSM and FBM in all FDConv layers; the spectra are not among them.
+    """Names and parameters of KSM and FBM in all FDConv layers, and of the attention in other dynamic ones.
+
+    The spectra, and the kernels in their place, are not among them.
 
     A converted model starts with them at no effect, and with everything else trained. A rate of their own::
 
@@ -21,13 +23,10 @@ def modulation_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
         ]
 
     Args:
-        model: A model with FDConv layers, a part of one, or a lone layer.
+        model: A model with dynamic layers, a part of one, or a lone layer.
     """
-    for name, layer in named_fd_layers(model):
-        for part in ("ksm", "fbm"):
-            module = getattr(layer, part)
-            if module is not None:
-                yield from module.named_parameters(prefix=f"{name}.{part}" if name else part)
+    for name, layer in named_dynamic_layers(model):
+        yield from ((f"{name}.{key}" if name else key, parameter) for key, parameter in layer.modulation())
 
 
 def freeze_static(module: nn.Module) -> None:

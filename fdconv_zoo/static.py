@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import FDConvModel
+from .build import ConvertedModel
 from .choice import FDLayer, named_fd_layers
 from .convert import place
 from .default_cfgs import SUFFIX, static_name
@@ -122,7 +122,7 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
     for name, twin in names:
         place(model, name, twin)
     fuse_again(model)
-    if isinstance(model, FDConvModel):
+    if isinstance(model, ConvertedModel):
         _become_timms(model)
     return model
 
@@ -144,10 +144,10 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> None:
         raise ValueError("no images to take the mean of: batches is empty")
 
 
-def _become_timms(model: FDConvModel) -> None:
+def _become_timms(model: ConvertedModel) -> None:
     """Gives a registered model the class and the name of the static one that it is now."""
     order = type(model).__mro__
-    model.__class__ = order[order.index(FDConvModel) + 1]
+    model.__class__ = order[order.index(ConvertedModel) + 1]
     cfg = model.pretrained_cfg
     name, tag = static_name(cfg["architecture"]), (cfg.get("tag") or "").removesuffix(SUFFIX)
     model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": name, "tag": tag}

@@ -17,6 +17,8 @@ from .sources import forward_source
 MIN_CHANNELS = 17
 ACTIVATION = re.compile(r"relu|gelu|glu|silu|swish|mish|elu|tanh|softplus|activation", re.IGNORECASE)
 ACTIVATION_ATTRIBUTE = re.compile(r"^(act|activation|nonlinearity|\w*_act|\w*act_fn|activation_fn)$")
+# Names of what joins stages beside the blocks' branches.
+SHORTCUTS = {"downsample", "shortcut", "proj"}
 POOLING = re.compile(r"Adaptive(Avg|Max)?Pool|GlobalAvgPool|GlobalPool")
 GATE = re.compile(r"sigmoid|softmax", re.IGNORECASE)
 # In a forward's source: the mean over a map, or a gate.

@@ -1,6 +1,6 @@
 """What all layers of this package share, FDConv's and those it is compared with: from and to the static layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,12 @@ class DynamicLayer(nn.Module):
         Keys that it lacks may have any value, or those of a new layer. Without bias only what the weight decides.
         """
         raise NotImplementedError
+
+    @torch.jit.ignore
+    def takes_shape(self, shape: Sequence[int]) -> bool:
+        """Whether a static weight may have this shape: a pointwise convolution takes a linear layer's, and in turn."""
+        expected = self.static_shape
+        return (*shape, *[1] * (5 - len(shape))) == (*expected, *[1] * (5 - len(expected)))
 
     @torch.jit.ignore
     def put_static(

@@ -6,7 +6,7 @@ static layer from it (fused BatchNorm, merged branches, torch's fast path of a t
 without a word. A :class:`StaticWeight` can tell the two apart.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,12 +265,6 @@ class HasStaticWeight(nn.Module):
         if self.filter_scale is not None:
             gradient = gradient / self.filter_scale.view(-1, *[1] * (gradient.dim() - 1))
         return gradient.as_subclass(StaticGradient)
-
-    @torch.jit.ignore
-    def takes_shape(self, shape: Sequence[int]) -> bool:
-        """Whether a static weight may have this shape: a pointwise convolution takes a linear layer's, and in turn."""
-        expected = self.static_shape
-        return (*shape, *[1] * (5 - len(shape))) == (*expected, *[1] * (5 - len(expected)))
 
     @torch.jit.ignore
     @torch.no_grad()

@@ -61,7 +61,13 @@ class CondConv2d(DynamicConv2d):
             **factory,
         )  # fmt: skip
         self.routing_fn = Projection(in_channels, num_experts, bias=True, **factory)
-        bound = (in_channels + num_experts) ** -0.5
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws each expert as nn.Conv2d is drawn, and the router as timm does."""
+        self.conv.reset_parameters()
+        bound = (self.in_channels + self.conv.num_experts) ** -0.5
         nn.init.uniform_(self.routing_fn.weight, -bound, bound)
         nn.init.zeros_(self.routing_fn.bias)
 

@@ -51,8 +51,8 @@ class DynamicConv2d(DynamicConvolution):
         undivided = groups < 1 or in_channels % groups or out_channels % groups
         if min(in_channels, out_channels, *self.kernel_size) < 1 or undivided:
             raise ValueError(
-                f"{in_channels} to {out_channels} channels, kernel_size={kernel_size}, groups={groups}, but all must be "
-                "above 0, and groups divide the channels"
+                f"{in_channels} to {out_channels} channels, kernel_size={kernel_size}, groups={groups}, but all must "
+                "be above 0, and groups divide the channels"
             )
         self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 

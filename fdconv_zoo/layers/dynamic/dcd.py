@@ -56,6 +56,11 @@ class DCDAttention(nn.Module):
         self.gate = Projection(hidden, hidden, **factory)
         self.phi = Projection(hidden, latent * latent, **factory)
         self.scale = Projection(hidden, out_channels, **factory)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws the linear maps as nn.Linear does."""
         for part in (self.fc, self.gate, self.phi, self.scale):
             part.draw()
 
@@ -128,6 +133,16 @@ class DCDConv2d(DynamicConv2d):
         self.bn1 = nn.BatchNorm2d(latent, **factory)
         self.bn2 = nn.BatchNorm2d(latent, **factory)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws convolutions and attention as the paper's code does; the bias is zero."""
+        self.attention.reset_parameters()
+        for norm in (self.bn1, self.bn2):
+            norm.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         for part in (self.conv, self.q, self.p):
             filters, _, height, width = part.weight.shape
             nn.init.normal_(part.weight, std=math.sqrt(2 / (height * width * filters)))

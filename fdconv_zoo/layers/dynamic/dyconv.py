@@ -44,6 +44,11 @@ class DYAttention(Annealed):
         hidden = num_kernels if in_channels == 3 else int(in_channels * reduction) + 1
         self.fc1 = Projection(in_channels, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = Projection(hidden, num_kernels, bias=True, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws both linear maps; the bias is zero."""
         draw_by_fan_out(self.fc1)
         draw_by_fan_out(self.fc2)
 
@@ -95,8 +100,16 @@ class DYConv2d(DynamicConv2d):
         self.attention = DYAttention(in_channels, num_kernels, reduction, **factory)
         self.kernels = nn.Parameter(torch.empty(num_kernels, *self.static_shape, **factory))
         self.register_parameter(
-            "biases", nn.Parameter(torch.zeros(num_kernels, out_channels, **factory)) if bias else None
+            "biases", nn.Parameter(torch.empty(num_kernels, out_channels, **factory)) if bias else None
         )
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws each kernel and the attention as the code in use does; biases are zero."""
+        self.attention.reset_parameters()
+        if self.biases is not None:
+            nn.init.zeros_(self.biases)
         bound = math.sqrt(6 / math.prod(self.static_shape[1:]))  # kaiming uniform, a = 0, fan_in
         nn.init.uniform_(self.kernels, -bound, bound)
 

@@ -59,12 +59,20 @@ class KWAttention(Annealed):
         self.fc2 = Projection(
             self.hidden.channels, self.mixtures * logits, bias=not self.basis, device=device, dtype=dtype
         )
-        draw_by_fan_out(self.fc2)
         self.fc3 = self.basis_bias = None
         if self.basis:
             self.fc3 = Projection(self.basis, others, bias=False, device=device, dtype=dtype)
+            self.basis_bias = nn.Parameter(torch.empty(self.mixtures * (self.cells + 1), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws the linear maps; biases are zero."""
+        self.hidden.reset_parameters()
+        draw_by_fan_out(self.fc2)
+        if self.fc3 is not None:
             draw_by_fan_out(self.fc3)
-            self.basis_bias = nn.Parameter(torch.zeros(self.mixtures * (self.cells + 1), device=device, dtype=dtype))
+            nn.init.zeros_(self.basis_bias)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
@@ -158,15 +166,21 @@ class KWConv2d(DynamicConv2d):
         cells = None if place.first is not None else torch.empty(place.num_cells, *place.cell_shape, **factory)
         self.register_parameter("cells", None if cells is None else nn.Parameter(cells))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None)
-        if place.own:
-            with torch.no_grad():
-                self._own_cells(self.bank()).normal_(std=math.sqrt(2 / (place.own * place.cell_shape[0])))
-        if place.first is None and place.own < place.num_cells:
-            with torch.no_grad():  # those of layers to come, and what a fraction of the budget leaves to none
-                self.cells[place.own :].normal_(std=math.sqrt(2 / (place.num_cells * place.cell_shape[0])))
+        self.reset_parameters()
 
-    def _own_cells(self, bank: Tensor) -> Tensor:
-        return bank[self.attention.start : self.attention.start + self.attention.own]
+    @torch.jit.ignore
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the layer's own cells and its attention as the paper does; the first layer also the cells of none."""
+        bank, own = self.bank(), self.attention.own
+        if own:
+            start = self.attention.start
+            bank[start : start + own].normal_(std=math.sqrt(2 / (own * bank.shape[1])))
+        if self.cells is not None:
+            self.cells[own:].normal_(std=math.sqrt(2 / (len(bank) * bank.shape[1])))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.attention.reset_parameters()
 
     @torch.jit.ignore
     def first(self) -> "KWConv2d":
@@ -218,8 +232,8 @@ class KWConv2d(DynamicConv2d):
         """Adds the static state to that of a model, the cells under the name of the layer that holds them."""
         super().put_static(state, prefixes, weight, bias)
         key = f"{prefixes[self.first()]}cells"
-        bank = state[key] if key in state else self.bank().detach().clone()
-        state[key] = self._with_pieces(bank, weight)
+        bank = state[key] if key in state else self.bank()
+        state[key] = self._with_pieces(bank.detach().clone(), weight)
 
     @torch.jit.ignore
     def _with_pieces(self, bank: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ksm import Projection
 from .conv2d import DynamicConv2d, add_bias, pooled
-from .parts import Annealed, Hidden, draw_by_fan_out
+from .parts import Annealed, Hidden
 
 
 class ODGates(NamedTuple):
@@ -68,10 +68,16 @@ class ODAttention(Annealed):
         self.sections = [in_channels, num_filters, positions, num_kernels]
         self.hidden = Hidden(in_channels, reduction, norm_layer, device=device, dtype=dtype)
         self.heads = Projection(self.hidden.channels, sum(self.sections), bias=True, device=device, dtype=dtype)
-        draw_by_fan_out(self.heads)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws the hidden layer, and each head by its own fan_out; biases are zero."""
+        self.hidden.reset_parameters()
+        nn.init.zeros_(self.heads.bias)
         with torch.no_grad():
             for head in self.heads.weight.split(self.sections):
-                if len(head):  # each by its own fan_out
+                if len(head):
                     nn.init.kaiming_normal_(head, mode="fan_out", nonlinearity="relu")
 
     @property
@@ -150,6 +156,14 @@ class ODConv2d(DynamicConv2d):
         )
         self.kernels = nn.Parameter(torch.empty(num_kernels, *self.static_shape, **factory))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws each kernel and the attention as the paper's code does; the bias is zero."""
+        self.attention.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         with torch.no_grad():
             for kernel in self.kernels:
                 nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")

@@ -94,6 +94,13 @@ class Hidden(nn.Module):
         self.norm = norm_layer(self.channels).to(device=device, dtype=dtype)
         draw_by_fan_out(self.fc)
 
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws the linear map, and sets the norm as it starts."""
+        draw_by_fan_out(self.fc)
+        if hasattr(self.norm, "reset_parameters"):
+            self.norm.reset_parameters()
+
     def forward(self, pooled: Tensor) -> Tensor:
         """Takes (B, Cin) to (B, A)."""
         hidden = self.fc(pooled)[:, :, None, None]
