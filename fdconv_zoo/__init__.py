@@ -15,6 +15,7 @@ from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .modulation import freeze_static, modulation_parameters
 from .pretrained import PretrainedError
 from .static import to_static
+from .temperature import set_temperature
 from .version import __version__
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "freeze_static",
     "keep_banks",
     "modulation_parameters",
+    "set_temperature",
     "static_name",
     "summary",
     "to_static",

@@ -15,6 +15,7 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import Tensor, nn
 
 from common.optim import create_optimizer, create_schedule
+from common.temperature import anneal
 from common.training_recipe import Recipe
 from fdconv_zoo import modulation_parameters
 
@@ -83,6 +84,7 @@ class Trainer:
         self._modulation = [parameter for _, parameter in modulation_parameters(model)]
         self.optimizer = create_optimizer(model, self.recipe, self.images_per_update)
         self.scheduler, self.epochs = create_schedule(self.optimizer, self.recipe, self.updates_per_epoch)
+        self.follow_schedule()
 
     @property
     def images_per_update(self) -> int:
@@ -99,6 +101,15 @@ class Trainer:
         """Whether all epochs, or ``steps`` updates, are done."""
         progress = self.progress
         return progress.epoch >= self.epochs or (self.steps is not None and progress.updates >= self.steps)
+
+    def follow_schedule(self) -> None:
+        """Set rates and temperature to those after the updates that are done: both are functions of their number."""
+        if self.progress.updates:
+            self.scheduler.step_update(self.progress.updates)
+        models = [self.task.get_trainable_module()]
+        if self.task.has_ema():
+            models.append(self.task.get_trainable_module(ema=True))
+        anneal(models, self.recipe, self.progress.updates / self.updates_per_epoch)
 
     def train_epoch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Train what is left of the epoch, or of ``steps``.
@@ -118,7 +129,7 @@ class Trainer:
             progress.epoch_updates += 1
             progress.updates += 1
             self.task.update_ema(step=progress.updates)
-            self.scheduler.step_update(progress.updates)
+            self.follow_schedule()
             yield loss
 
     def next_epoch(self) -> bool:

@@ -14,7 +14,7 @@ OPTIMISER = (
 )  # fmt: skip
 SCHEDULE = (
     "epochs", "lr", "lr_base", "lr_base_size", "lr_base_scale", "sched", "warmup_epochs", "warmup_lr", "min_lr",
-    "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs",
+    "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "temperature", "temperature_epochs",
 )  # fmt: skip
 
 
@@ -111,10 +111,28 @@ class Recipe:
     decay_rate: float = field(default=0.1, metadata=_option("factor of each step", type=float))
     cooldown_epochs: int = field(default=0, metadata=_option("epochs at --min-lr after the schedule", type=int))
 
+    # None by default: older results files know nothing of it.
+    temperature: list[float] | None = field(
+        default=None,
+        metadata=_option(
+            "first and last temperature of DY-Conv, ODConv (30 1) or KernelWarehouse (1 0)",
+            type=float,
+            nargs=2,
+            metavar=("START", "END"),
+        ),
+    )
+    temperature_epochs: float | None = field(
+        default=None, metadata=_option("epochs from the first temperature to the last", type=float)
+    )
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if (self.temperature is None) != (self.temperature_epochs is None):
+            raise ValueError("temperature and temperature_epochs go together")
+        if self.temperature_epochs is not None and self.temperature_epochs <= 0:
+            raise ValueError(f"temperature_epochs is {self.temperature_epochs}, it must be above 0")
         check_optimizer(self.opt)
 
     @classmethod

@@ -259,7 +259,7 @@ class Run(Trainer):
         if not (self.args.output / BEST_FILE).exists():  # resumed into another directory: the next best counts
             self.progress.best_metric = self.progress.best_epoch = None
         self._loss_sum.fill_(self.progress.loss_sum)
-        self.scheduler.step_update(self.progress.updates)  # a function of the number of updates, without state
+        self.follow_schedule()  # functions of the number of updates, without state
         set_random_state(state["random"][self.rank], self.task.device)
 
 

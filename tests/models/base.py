@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import fdconv_zoo
-from fdconv_zoo.convert import init_static, named_fd_layers
+from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
+from fdconv_zoo.convert import init_static
 from tests.compare import randomise_norms, relative_error
 
 CLASSES = 7
@@ -212,7 +213,7 @@ class ModelTester:
     @torch.no_grad()
     def test_samples_get_weights_of_their_own(self, model, x, output):
         """With the gates at rest the model is its static twin; stirred, it is not."""
-        for _, layer in named_fd_layers(model):
+        for _, layer in named_dynamic_layers(model):
             layer.reset_modulation()
         dynamic = model(x)
         init_static(model, lambda: None)
@@ -222,11 +223,11 @@ class ModelTester:
     def test_backward_reaches_every_parameter(self, model, trained):
         _, grads = trained
         assert sum(grad.numel() for grad in grads.values()) == sum(p.numel() for p in model.parameters())
-        fourier = [
-            name for name, _ in model.named_parameters() if ".fdw." in name or ".ksm." in name or ".fbm." in name
+        dynamic = [
+            f"{name}.{key}" for name, layer in named_dynamic_layers(model) for key, _ in layer.named_parameters()
         ]
-        assert fourier
-        silent = [name for name in fourier if grads[name].abs().max() == 0]
+        assert dynamic
+        silent = [name for name in dynamic if grads[name].abs().max() == 0]
         assert not silent, f"gradient always zero for {silent}"
 
     def test_checkpointing_changes_neither_output_nor_gradients(self, model, pair, trained):
@@ -242,7 +243,7 @@ class ModelTester:
     def test_bfloat16(self, model, x):
         # Stirred gates see normalised pooled inputs, which may be next to nothing, rounded: compare them at rest.
         assert copy.deepcopy(model).to(torch.bfloat16)(x.to(torch.bfloat16)).isfinite().all()
-        for _, layer in named_fd_layers(model):
+        for _, layer in named_dynamic_layers(model):
             layer.reset_modulation()
         expected = model(x)
         output = model.to(torch.bfloat16)(x.to(torch.bfloat16))
@@ -388,7 +389,7 @@ class ModelTester:
         grouped = [name for names in groups.values() for name in names]
         assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
         group_of = {name: group for group, names in groups.items() for name in names}
-        for name, layer in named_fd_layers(model):
+        for name, layer in named_dynamic_layers(model):
             assert len({group_of[f"{name}.{key}"] for key, _ in layer.named_parameters()}) == 1
 
     def test_decay(self, model):
@@ -400,8 +401,8 @@ class ModelTester:
         ):
             assert sum(p.numel() for group in groups for p in group["params"]) == count
             decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-            for _, layer in named_fd_layers(model):
-                assert decay[id(layer.fdw.spectrum)] == 0.05
+            for _, layer in named_dynamic_layers(model):
+                assert decay[id(layer.holder())] == 0.05
                 assert {decay[id(p)] for p in layer.parameters() if p.ndim <= 1} == {0.0}
 
     # Construction and weights
@@ -440,7 +441,7 @@ class ModelTester:
         expected = static(x)
         del static
         load_checkpoint(model, str(tmp_path / "static.pth"), filter_fn=filter_fn)
-        for _, layer in named_fd_layers(model):
+        for _, layer in named_dynamic_layers(model):
             layer.reset_modulation()
         assert relative_error(model(x), expected) < 1e-4
         stir(model)

@@ -19,6 +19,9 @@ SMALL = {
     "resnet50_a2_300ep": ["--model", "resnet18_fdconv", "--aug-repeats", "0"],
     "finetune_converted": ["--model", "resnet18_fdconv"],
     "convnext_tiny_300ep": ["--model", "convnext_atto_fdconv", "--grad-accum-steps", "2"],
+    "dcd_resnet50_120ep": ["--model", "resnet18_dcd"],
+    "kw_resnet50_300ep": ["--model", "resnet18_kw", "--grad-accum-steps", "2"],
+    "odconv_resnet50_100ep": ["--model", "resnet18_odconv_1x"],
     "swin_tiny_300ep": ["--model-kwargs", "img_size=64", "window_size=2", "embed_dim=48", "depths=(1, 1, 1, 1)"],
 }
 

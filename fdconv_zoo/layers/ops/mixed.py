@@ -41,7 +41,8 @@ class Mixture(NamedTuple):
 
 def mix(attention: Tensor, cells: Tensor, shape: list[int]) -> Tensor:
     """Kernels (B, Cout, Cin/groups, kh, kw) of that shape: one product of attention (B, m, n) and bank."""
-    batch, (count, co, ci, a, b) = attention.shape[0], cells.shape
+    batch = attention.shape[0]
+    count, co, ci, a, b = cells.shape[0], cells.shape[1], cells.shape[2], cells.shape[3], cells.shape[4]
     mixed = torch.matmul(attention.reshape(-1, count), cells.reshape(count, -1))
     if [co, ci, a, b] == shape:
         return mixed.view(batch, co, ci, a, b)
@@ -58,18 +59,18 @@ def unmix(grad: Tensor, cells: Tensor) -> Tensor:
 
 def plain(mixture: Mixture, shape: list[int], geometry: Geometry, groups: int) -> Tensor:
     """The convolution in plain operations, with derivatives of any order; no size of batch or map is baked in."""
-    x, attention, cells, positions = mixture
-    kernels = mix(attention, cells, shape)
+    x, positions = mixture.x, mixture.positions
+    kernels = mix(mixture.attention, mixture.cells, shape)
     if positions is not None:
         kernels = kernels * positions.view(-1, 1, 1, shape[2], shape[3])
     # As traced.convolve has them: (B, Cout, kh*Cin*kw).
     rows = kernels.permute(0, 1, 3, 2, 4).reshape(x.shape[0], shape[0], shape[1] * shape[2] * shape[3])
     if groups == 1:
         return traced.convolve(x, rows, geometry)
-    parts = [
-        traced.convolve(part, kernel, geometry)
-        for part, kernel in zip(x.chunk(groups, dim=1), rows.chunk(groups, dim=1))  # noqa: B905, as TorchScript has it
-    ]
+    kernel_parts = rows.chunk(groups, dim=1)
+    parts: list[Tensor] = []
+    for i, part in enumerate(x.chunk(groups, dim=1)):
+        parts.append(traced.convolve(part, kernel_parts[i], geometry))
     return torch.cat(parts, dim=1)
 
 

@@ -1,0 +1,275 @@
+"""What all dynamic convolutions promise: exact starts, no kernels kept, learning, dtypes, errors."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fdconv_zoo
+from fdconv_zoo.layers import FDConv2d
+from fdconv_zoo.layers.base import DynamicLayer
+from fdconv_zoo.layers.dynamic import (
+    Annealed,
+    CondConv2d,
+    DCDClassifier,
+    DCDConv2d,
+    DYConv2d,
+    KWConv2d,
+    ODConv2d,
+    Warehouse,
+)
+from fdconv_zoo.layers.ops import mixed_conv2d
+from fdconv_zoo.layers.ops.types import Geometry
+from tests.compare import relative_error
+
+LAYERS = [CondConv2d, DYConv2d, DCDConv2d, ODConv2d, KWConv2d]
+MIXED = [CondConv2d, DYConv2d, ODConv2d, KWConv2d]
+ALL = [*LAYERS, FDConv2d]
+ANNEALED = [DYConv2d, ODConv2d, KWConv2d]
+
+
+def conv(kernel=3, **kwargs):
+    return nn.Conv2d(24, 32, kernel, padding=kernel // 2, **kwargs)
+
+
+def images(batch=3, size=9, channels=24):
+    return torch.randn(batch, channels, size, size)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("cls", ALL)
+def test_starts_as_the_static_convolution(cls, kernel):
+    static = conv(kernel, stride=2, dtype=torch.float64).eval()
+    layer, x = cls.from_conv(static), images().double()
+    assert isinstance(layer, DynamicLayer)
+    assert relative_error(layer(x), static(x)) < 1e-12
+    assert relative_error(cls.from_conv(static.float())(x.float()), static(x.float())) < 1e-5
+    assert layer.static_shape == tuple(static.weight.shape)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_trained_layer_goes_back_to_its_static_weight(cls):
+    layer, x = cls(24, 32, 3, padding=1, dtype=torch.float64).eval(), images().double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    twin = layer.static_twin()
+    assert relative_error(layer(x), twin(x)) > 1e-3
+    layer.reset_modulation()
+    assert relative_error(layer(x), twin(x)) < 1e-12
+    assert relative_error(layer.static_twin()(x), twin(x)) < 1e-12
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_samples_come_apart_by_training(cls):
+    """What starts equal does not stay so: kernels differ, and each sample has its own, after some steps."""
+    torch.manual_seed(0)
+    layer = cls.from_conv(conv()).train()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    x = images(8) + torch.randn(8, 24, 1, 1)
+    target = torch.randn(8, 32, 9, 9)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.mse_loss(layer(x), target).backward()
+        optimizer.step()
+    layer.eval()
+    assert relative_error(layer(x), layer.static_twin()(x)) > 1e-4
+    if hasattr(layer, "bank") and len(layer.bank()) > 1:
+        bank = layer.bank().flatten(1)
+        assert (bank - bank.mean(0)).norm() > 1e-4 * bank.norm()
+
+
+@pytest.mark.parametrize("cls", MIXED)
+def test_no_kernels_are_kept_for_the_backward_pass(cls):
+    """A batch of kernels is B times the layer; of all that is saved nothing grows so with B."""
+    layer = cls(32, 32, 3, padding=1).train()
+    kernel, sizes = layer.static_weight().numel(), {}
+    for batch in (4, 8):
+        x, saved = images(batch, 4, 32).requires_grad_(), {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x)
+        sizes[batch] = sum(saved.values())
+    assert sizes[8] - sizes[4] < 4 * kernel / 2, sizes
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_mixing_operator_has_the_plain_operations_gradients(groups, with_positions):
+    torch.manual_seed(0)
+    shape, geometry = [8, 8 // groups, 3, 3], Geometry((3, 3), (2, 1), (1, 1, 2, 2), (1, 2))
+    inputs = [torch.randn(5, 8, 7, 6), torch.rand(5, 1, 3), torch.randn(3, *shape)]
+    inputs += [torch.rand(5, 9)] if with_positions else []
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+
+    def function(x, attention, cells, positions=None):
+        return mixed_conv2d(x, attention, cells, positions, shape, geometry, groups)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    expected = []
+    x, attention, cells = inputs[:3]
+    for i in range(5):
+        kernel = (attention[i, 0, :, None, None, None, None] * cells).sum(0)
+        kernel = kernel * inputs[3][i].view(3, 3) if with_positions else kernel
+        expected.append(F.conv2d(x[i : i + 1], kernel, None, (2, 1), (2, 1), (1, 2), groups))
+    assert relative_error(function(*inputs), torch.cat(expected)) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [4, 24])
+@pytest.mark.parametrize("cls", [CondConv2d, DYConv2d, ODConv2d])
+def test_groups(cls, groups):
+    static = nn.Conv2d(24, 24, 3, padding=1, groups=groups)
+    layer, x = cls.from_conv(static), images()
+    assert relative_error(layer.eval()(x), static(x)) < 1e-5
+    if cls is ODConv2d and groups == 24:
+        assert layer.attention.sections[1] == 0  # a depthwise layer has no gate of filters
+    with pytest.raises(ValueError, match="only groups=1"):
+        KWConv2d(24, 24, 3, groups=groups)
+    with pytest.raises(ValueError, match="only groups=1"):
+        DCDConv2d(24, 24, 3, padding=1, groups=groups)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_dtypes_autocast_and_channels_last(cls):
+    layer, x = cls(24, 32, 3, padding=1).eval(), images()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    assert relative_error(output, expected) < 0.03
+    assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(layer(x.to(memory_format=torch.channels_last)), expected) < 1e-5
+    assert relative_error(copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16()), expected) < 0.1
+    assert layer(x[:0]).shape == (0, 32, 9, 9)
+    for wrong in (x[0], x[:, :3], x.int()):
+        with pytest.raises(ValueError, match="takes"):
+            layer(wrong)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_export_and_compile(cls):
+    layer, x = cls(24, 32, 3, padding=1).eval(), images()
+    batch, side = torch.export.Dim("batch", min=2), torch.export.Dim("side", min=4)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch, 2: side},))
+    other = torch.randn(5, 24, 12, 9)
+    assert relative_error(program.module()(other), layer(other)) < 1e-5
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("cls", ANNEALED)
+def test_temperature_neither_is_saved_nor_compiles_anew(cls):
+    torch.compiler.reset()
+    layer, x, graphs = cls(24, 32, 3, padding=1).eval(), images(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, backend=backend)
+    end, start = (0, 1) if cls is KWConv2d else (1, 30)
+    outputs = {}
+    for value in (start, (start + end) / 2, end):
+        assert fdconv_zoo.set_temperature(layer, value) == 1
+        outputs[value] = compiled(x)
+        assert torch.equal(outputs[value], layer(x))
+    assert len(graphs) == 1
+    assert relative_error(outputs[start], outputs[end]) > 1e-3
+    assert not any("temperature" in key for key in layer.state_dict())
+    fdconv_zoo.set_temperature(layer, start)
+    fresh = cls(24, 32, 3, padding=1).eval()
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), outputs[end])
+    (module,) = (module for module in layer.modules() if isinstance(module, Annealed))
+    assert copy.deepcopy(layer).half().get_submodule("attention").temperature == start
+    for wrong in (-1, float("nan"), 1e9):
+        with pytest.raises(ValueError, match="temperature"):
+            fdconv_zoo.set_temperature(layer, wrong)
+    assert module.temperature == start
+
+
+def test_what_has_no_temperature_says_so():
+    assert fdconv_zoo.set_temperature(nn.Sequential(FDConv2d(24, 32, 3), CondConv2d(24, 32, 3)), 1) == 0
+
+
+def test_a_lone_sample_in_training_takes_running_statistics():
+    for cls in (ODConv2d, KWConv2d):
+        layer = cls(24, 32, 3, padding=1).train()
+        with pytest.warns(UserWarning) if not _warned() else _nothing():
+            output = layer(images(1))
+        assert output.isfinite().all()
+
+
+def _warned():
+    from fdconv_zoo.layers.ksm import _warn_once
+
+    return _warn_once.cache_info().currsize > 0
+
+
+def _nothing():
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_layers_of_a_warehouse_share_cells_and_keep_their_static_weights(ratio):
+    statics = [nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 48, 1), nn.Conv2d(48, 24, 3, padding=1, stride=2)]
+    warehouse = Warehouse([tuple(static.weight.shape) for static in statics], cell_num_ratio=ratio)
+    layers = nn.Sequential(*(KWConv2d.from_conv(static, warehouse=warehouse) for static in statics)).eval()
+    x = images()
+    assert relative_error(layers(x), nn.Sequential(*statics)(x)) < 1e-5
+    assert [name for name, _ in layers.named_parameters() if "cells" in name] == ["0.cells"]
+    if ratio == 1:
+        assert layers[0].cells.numel() == sum(static.weight.numel() for static in statics)
+    expected = layers(x)
+    file = io.BytesIO()
+    torch.save(layers, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(layers), torch.load(file, weights_only=False)):
+        assert twin[2].bank() is twin[0].cells is not layers[0].cells
+        assert torch.equal(twin(x), expected)
+    layers(x).sum().backward()
+    assert layers[0].cells.grad.isfinite().all()
+    with pytest.raises(ValueError, match="no more"):
+        KWConv2d(24, 24, 3, warehouse=warehouse)
+
+
+def test_a_warehouse_below_one_can_t_hold_static_weights():
+    static = conv()
+    with pytest.raises(ValueError, match="cell_num_ratio=0.5"):
+        KWConv2d.from_conv(static, warehouse=Warehouse([tuple(static.weight.shape)], cell_num_ratio=0.5))
+    with pytest.raises(ValueError, match="cell_num_ratio=0.5"):
+        fdconv_zoo.convert(nn.Sequential(conv(), nn.ReLU(), nn.Conv2d(32, 24, 1)), "kw", cell_num_ratio=0.5)
+
+
+def test_the_dynamic_classifier_s_size():
+    """Of a ResNet-50: the paper's 4.3 M are 4,049,032 in the branches, and this."""
+    extra = sum(p.numel() for p in DCDClassifier(2048, 1000).parameters()) - (2048 * 1000 + 1000)
+    assert 4_049_032 + extra == 4_278_024
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (CondConv2d, {"num_experts": 0}, "num_experts=0"),
+        (DYConv2d, {"reduction": 0}, "reduction=0"),
+        (DCDConv2d, {"padding": 0}, "padding = dilation"),
+        (DCDConv2d, {"pool": 0}, "pool=0"),
+        (ODConv2d, {"num_kernels": 0}, "num_kernels=0"),
+        (ODConv2d, {"reduction": -1}, "reduction=-1"),
+        (KWConv2d, {"nonlocal_basis_ratio": 0}, "nonlocal_basis_ratio=0"),
+        (CondConv2d, {"groups": 5}, "groups=5"),
+    ],
+)
+def test_options_out_of_range(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        cls(24, 32, 3, **{"padding": 1, **options})
