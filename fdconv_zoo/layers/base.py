@@ -87,7 +87,7 @@ class DynamicLayer(nn.Module):
 
     def _adopt(self, static: nn.Module) -> None:
         # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
-        if static.weight.is_meta and not self.holder().is_meta:
+        if static.weight.is_meta and not next(self.parameters()).is_meta:
             self.to("meta")
         self.set_static(static.weight, static.bias)
         holders = dict(zip(self.held, (static.weight, static.bias), strict=True))

@@ -20,8 +20,6 @@ from ..ops.types import Geometry
 from .conv2d import DynamicConv2d, add_bias
 from .parts import Kernel
 
-POINT = (1, 1)
-
 
 def _hard_gate(logits: Tensor) -> Tensor:
     """From 0 to 2, and 1 where the logit is 0."""
@@ -128,8 +126,8 @@ class DCDConv2d(DynamicConv2d):
             features, max(hidden, 4) if pool > 1 else hidden or 4, latent, out_channels, **factory
         )
         self.conv = Kernel(in_channels, out_channels, self.kernel_size, **factory)
-        self.q = Kernel(in_channels, latent, POINT, **factory)
-        self.p = Kernel(latent, out_channels, POINT, **factory)
+        self.q = Kernel(in_channels, latent, (1, 1), **factory)
+        self.p = Kernel(latent, out_channels, (1, 1), **factory)
         self.bn1 = nn.BatchNorm2d(latent, **factory)
         self.bn2 = nn.BatchNorm2d(latent, **factory)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None)
@@ -166,11 +164,11 @@ class DCDConv2d(DynamicConv2d):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         pooled = F.adaptive_avg_pool2d(exact, self.pool).flatten(1) if self.pool > 1 else exact.mean([2, 3])
         fusion, scale = self.attention(pooled)
-        latent = self.bn1(self.q(x, Geometry(POINT, self.stride, (0, 0, 0, 0), POINT)))
+        latent = self.bn1(self.q(x, Geometry((1, 1), self.stride, (0, 0, 0, 0), (1, 1))))
         fused = torch.bmm(fusion.to(latent.dtype), latent.flatten(2)).view_as(latent)
         latent = self.bn2(fused) + latent
         out = self.conv(x, self._geometry()) * scale.to(x.dtype)[:, :, None, None]
-        out = out + self.p(latent.to(x.dtype), Geometry(POINT, POINT, (0, 0, 0, 0), POINT))
+        out = out + self.p(latent.to(x.dtype), Geometry((1, 1), (1, 1), (0, 0, 0, 0), (1, 1)))
         return add_bias(out, self.bias)
 
 

@@ -245,9 +245,9 @@ def test_layers_of_a_warehouse_share_cells_and_keep_their_static_weights(ratio):
 
 def test_a_warehouse_below_one_can_t_hold_static_weights():
     static = conv()
-    with pytest.raises(ValueError, match="cell_num_ratio=0.5"):
+    with pytest.raises(ValueError, match=r"cell_num_ratio=0\.5"):
         KWConv2d.from_conv(static, warehouse=Warehouse([tuple(static.weight.shape)], cell_num_ratio=0.5))
-    with pytest.raises(ValueError, match="cell_num_ratio=0.5"):
+    with pytest.raises(ValueError, match=r"cell_num_ratio=0\.5"):
         fdconv_zoo.convert(nn.Sequential(conv(), nn.ReLU(), nn.Conv2d(32, 24, 1)), "kw", cell_num_ratio=0.5)
 
 
