@@ -63,4 +63,25 @@ FAMILIES = (
         "`features_only=True` any size works. Which layers the authors replaced is not published.",
         base_papers="[Swin Transformer](https://arxiv.org/abs/2103.14030)",
     ),
+    Family(
+        title="ResNet with other dynamic convolutions",
+        module="dynamic_resnet",
+        converted="`_dcd` and `_odconv`: every convolution of the residual branches; `_condconv`: those of the last "
+        "stage; `_dyconv`: the shortcuts too; `_kw`: those and the strided shortcuts, but for what comes before the first "
+        "warehouse. Each is where its own paper has it; stem and classifier stay static.",
+        added="of ResNet-50 those of the papers: 90.0M, 75.3M, 65.1M (`_odconv`, four kernels), 2.5M (`_kw`), 76.5M "
+        "(`_kw_4x`). DCD's 4.3M has a dynamic classifier, for which there is none here.",
+        limits="as for ResNet with FDConv. `_kw` models are not for TorchScript. No weights that were trained with "
+        "these layers are here: docs/compare.md says where their authors have some.",
+        base_papers="[ResNet](https://arxiv.org/abs/1512.03385)",
+    ),
+    Family(
+        title="ConvNeXt with KernelWarehouse",
+        module="dynamic_convnext",
+        converted="both layers of every MLP, as pointwise convolutions, one warehouse a stage. Stem, depthwise 7x7 "
+        "convolutions, downsampling and classifier stay static.",
+        added="there is no figure of the paper at hand; the placement is ours.",
+        limits="not for TorchScript.",
+        base_papers="[ConvNeXt](https://arxiv.org/abs/2201.03545)",
+    ),
 )

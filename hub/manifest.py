@@ -8,20 +8,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import timm
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from timm.models import get_pretrained_cfg
 
 import fdconv_zoo
+from fdconv_zoo.default_cfgs import zoo_tags
 from fdconv_zoo.download import Source
 
 PATH = Path(fdconv_zoo.__file__).with_name("pretrained_manifest.json")
 
 
 def sources(known: Iterable[Source]) -> list[Source]:
-    """One source for each file that a registered FDConv model loads; what is already known about it is kept."""
+    """One source for each file that a registered model of the zoo loads; what is already known about it is kept."""
     old = {(source.repo, source.file): source for source in known}
-    configs = [get_pretrained_cfg(name) for name in timm.list_pretrained("*_fdconv.*")]
+    configs = [get_pretrained_cfg(name) for name in zoo_tags()]
     wanted = {Source(config.hf_hub_id, config.hf_hub_filename) for config in configs}
     return sorted((old.get((source.repo, source.file), source) for source in wanted), key=lambda source: source.repo)
 

@@ -1,4 +1,4 @@
-"""Write MODEL_CARDS.md, the cards of all registered FDConv models: `python -m hub.model_cards`."""
+"""Write MODEL_CARDS.md, the cards of all registered models: `python -m hub.model_cards`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import nn
 
 import fdconv_zoo
 from fdconv_zoo import static_name
+from fdconv_zoo.choice import named_fd_layers
 from fdconv_zoo.cost import count_macs, count_parameters
+from fdconv_zoo.default_cfgs import zoo_tags
 from fdconv_zoo.pretrained import find_source
 from hub.card import PAPER
 from hub.families import FAMILIES, Family
@@ -35,7 +37,8 @@ INTRODUCTION = """\
 
 {paper}
 Every tag is a static ImageNet model of timm: its weights are downloaded from the Hub and moved into the Fourier domain
-on load, with every gate at 1. The model then computes what its static base computes, and is ready for more training.
+on load, with every gate at 1; those of other dynamic convolutions are converted likewise, their attention at rest. The
+model then computes what its static base computes, and is ready for more training.
 
 ```python
 import fdconv_zoo, timm
@@ -78,7 +81,7 @@ Not verified:
 
 
 def registered_tags() -> list[str]:
-    return timm.list_pretrained("*_fdconv.*")
+    return zoo_tags()
 
 
 def published_top1(base: str) -> str:
@@ -141,7 +144,8 @@ def architecture_rows(name: str, tags: Sequence[str]) -> tuple[list[str], list[l
     reports = fdconv_zoo.summary(model)
     layers = f"{sum(report.replaced for report in reports)} of {len(reports)}"
     own = inspect.signature(fdconv_zoo.FDConv2d).parameters["reduction"].default
-    reduction = type(model).defaults.get("reduction", own)
+    is_fdconv = any(True for _ in named_fd_layers(model))
+    reduction = str(Fraction(type(model).defaults.get("reduction", own))) if is_fdconv else "no KSM"
     before, after = count_costs(static, set(variants)), count_costs(model, set(variants))
     added = after[variants[0]][0] - before[variants[0]][0]
     rows = []
@@ -149,7 +153,7 @@ def architecture_rows(name: str, tags: Sequence[str]) -> tuple[list[str], list[l
         parameters, macs = zip(before[variant], after[variant], strict=True)
         costs = [" → ".join(f"{n / unit:.2f}" for n in pair) for pair, unit in ((parameters, 1e6), (macs, 1e9))]
         rows.append([*weights_row(tag), *costs])
-    return [f"`{name}`", f"`{static_name(name)}`", layers, str(Fraction(reduction)), f"{added:,}"], rows
+    return [f"`{name}`", f"`{static_name(name)}`", layers, reduction, f"{added:,}"], rows
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -168,7 +172,7 @@ def render_family(family: Family, names: Sequence[str]) -> str:
         architecture, rows = architecture_rows(name, list(tags))
         architectures.append(architecture)
         weights += rows
-    architecture_head = ("Architecture", "Static base", "FDConv layers", "KSM reduction", "Parameters added")
+    architecture_head = ("Architecture", "Static base", "Dynamic layers", "KSM reduction", "Parameters added")
     weights_head = ("Tag", "Licence", "Input", "Classes", "Static base's ImageNet-1k top-1, %")
     weights_head += ("Verified here", "Not verified here", "Parameters, M", "GMACs")
     source_head = ("Tag", "Source", "Commit", "sha256", "Commit and sha256 seen in")

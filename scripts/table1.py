@@ -9,26 +9,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
 
 from common.record import versions, write_json
-from fdconv_zoo.cost import count_macs, count_parameters
-from fdconv_zoo.dense import FeaturePyramid
+from costs.detectors import HEADS, MASKS, PROPOSALS, DummyForward, build_detector, count_detector_macs
+from costs.methods import METHOD_NOTES, METHODS, describe_methods, measure_methods
+from fdconv_zoo.cost import count_parameters
 from fdconv_zoo.layers.fbm import FBM
 
 DESCRIPTION = """Print parameters and FLOPs of Faster R-CNN and Mask R-CNN with a static and an FDConv ResNet-50 beside
-those of the paper's Table 1, and where the FLOPs that FDConv adds go. Nothing is computed: shapes go through torch's
-meta device."""
+those of the paper's Table 1, where the FLOPs that FDConv adds go, and what the table's other dynamic convolutions add.
+Nothing is computed: shapes go through torch's meta device."""
 EXAMPLES = """examples:
   table1.py                                     both detectors at 1280x800, some seconds
   table1.py --heads mask_rcnn --json t1.json    one of them, and every figure in a file
   table1.py --input-size 512 512                another height and width"""
 
-HEADS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}
 # arXiv 2503.18783v2, Table 1, without the accuracies: millions of parameters, billions of FLOPs.
 PAPER = {
     "faster_rcnn": {"params": 43.80, "flops": 207.1},
@@ -37,9 +35,6 @@ PAPER = {
 PAPER_ADDED = {"params": 3.6, "flops": 1.8}
 PAPER_SIZE = (800, 1280)
 CLASSIFIER_PARAMETERS = 2048 * 1000 + 1000  # of an ImageNet ResNet-50
-COCO_CLASSES = 80
-PROPOSALS = 1000
-MASKS = 100
 
 NOTES = f"""\
 FLOPs are the paper's: multiply-accumulates, as OpenMMLab's counter has them. The paper gives no input size; its static
@@ -55,39 +50,9 @@ and convolutions' biases.
 FLOPs, added: the paper does not say what it counts. FDW, KSM and FBM's modulation maps come to its figure; FBM's
 filters do not fit in. The official code filters by FFT, which a counter of modules does not see; here it is matrix
 products, unless mask_grid is set. The official detector's configuration also has no FBM in strided layers (0.39 G of
-the maps)."""
+the maps).
 
-
-class DummyForward(nn.Module):
-    """What OpenMMLab's counter runs: all of a detector but the choice of boxes, for a fixed number of them.
-
-    Args:
-        detector: torchvision's Faster or Mask R-CNN.
-    """
-
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Takes images (1, 3, H, W), each side a multiple of 32, to the raw outputs of the heads."""
-        maps = list(self.detector.backbone(x).values())
-        channels = maps[0].shape[1]
-        heads = self.detector.roi_heads
-        scores, deltas = self.detector.rpn.head(maps)
-        regions = heads.box_head(x.new_empty(PROPOSALS, channels, *heads.box_roi_pool.output_size))
-        outputs = [*scores, *deltas, *heads.box_predictor(regions)]
-        if heads.has_mask():
-            regions = x.new_empty(MASKS, channels, *heads.mask_roi_pool.output_size)
-            outputs.append(heads.mask_predictor(heads.mask_head(regions)))
-        return outputs
-
-
-def build_detector(head: str, model: str, **kwargs: Any) -> nn.Module:
-    """Return a detector for COCO on the meta device, in eval mode; the keywords are the backbone's."""
-    with torch.device("meta"):
-        backbone = timm.create_model(model, features_only=True, out_indices=(-4, -3, -2, -1), **kwargs)
-        return HEADS[head](FeaturePyramid(backbone), num_classes=COCO_CLASSES + 1).eval()
+{METHOD_NOTES}"""
 
 
 @torch.no_grad()
@@ -140,8 +105,8 @@ def count_modulation_maps(detector: nn.Module, size: tuple[int, int]) -> int:
     return sum(counts)
 
 
-def measure(head: str, size: tuple[int, int]) -> dict[str, int]:
-    """Return parameters and FLOPs of a detector, static and FDConv, and the parts of the difference.
+def measure(head: str, size: tuple[int, int]) -> dict[str, Any]:
+    """Return parameters and FLOPs of a detector, static and FDConv, the parts of the difference, and other methods'.
 
     Args:
         head: One of `HEADS`.
@@ -149,7 +114,7 @@ def measure(head: str, size: tuple[int, int]) -> dict[str, int]:
     """
 
     def flops(detector: nn.Module) -> int:
-        return count_macs(DummyForward(detector), (3, *size))
+        return count_detector_macs(detector, size)
 
     static = build_detector(head, "resnet50")
     fdconv = build_detector(head, "resnet50_fdconv")
@@ -164,6 +129,7 @@ def measure(head: str, size: tuple[int, int]) -> dict[str, int]:
     macs = flops(static)
     maps = count_modulation_maps(fdconv, size)
     return {
+        "methods": measure_methods(head, size),
         "static_params": count_parameters(static),
         "added_params": count_parameters(fdconv) - count_parameters(static),
         "static_macs": macs,
@@ -176,11 +142,12 @@ def measure(head: str, size: tuple[int, int]) -> dict[str, int]:
     }
 
 
-def describe(head: str, counts: dict[str, int], size: tuple[int, int]) -> str:
+def describe(head: str, counts: dict[str, Any], size: tuple[int, int]) -> str:
     """Return the Markdown table of one detector, the paper's figures beside those counted here."""
     paper = PAPER[head] if size == PAPER_SIZE else {"params": PAPER[head]["params"]}
-    millions = {key: value / 1e6 for key, value in counts.items()}
-    billions = {key: value / 1e9 for key, value in counts.items()}
+    numbers = {key: value for key, value in counts.items() if key != "methods"}
+    millions = {key: value / 1e6 for key, value in numbers.items()}
+    billions = {key: value / 1e9 for key, value in numbers.items()}
     without_filters = billions["added_fdw"] + billions["added_ksm"] + billions["added_fbm_maps"]
     rows = [
         ("parameters, static", f"{paper['params']:.2f} M", f"{millions['static_params']:.2f} M"),
@@ -208,7 +175,8 @@ def describe(head: str, counts: dict[str, int], size: tuple[int, int]) -> str:
         ("FBM's filters with mask_grid=64, FFT", "", f"+{billions['added_fbm_filters_by_fft']:.2f} G"),
     ]
     lines = [f"| {head}, {size[1]}x{size[0]} | Table 1 | here |", "|---|---:|---:|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines + describe_methods(head, counts["methods"], "flops" in paper))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -245,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = {
             "input_size": list(size),
             "paper": {head: PAPER[head] for head in args.heads} | {"added": PAPER_ADDED},
+            "paper_methods": {head: [row._asdict() for row in METHODS[head]] for head in args.heads},
             "counted": results,
             "versions": versions() | {"torchvision": torchvision.__version__},
         }

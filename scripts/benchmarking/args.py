@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   benchmark.py --model convnext_tiny_fdconv --img-size 112 224 448 --batch-size 1 2 4 --plot cost.png
   benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
   benchmark.py --preset table --traffic bfloat16 --batch-size 64     kernels and bytes on a GPU, counted without one
+  benchmark.py --model resnet50_odconv resnet50_kw               other dynamic convolutions of the zoo
   benchmark.py --model 'resnet*_fdconv' --device cuda --amp --channels-last --compile --compile-mode reduce-overhead
 
 A train step is forward, backward, a step of plain SGD, and zero_grad; at batch 1 KSM's BatchNorm takes its running
@@ -47,7 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what to measure (every combination)").add_argument
-    add("--model", nargs="+", metavar="NAME", help="FDConv models, or quoted wildcards: 'resnet*_fdconv'")
+    add("--model", nargs="+", metavar="NAME", help="models of the zoo, or quoted wildcards: 'resnet*_fdconv'")
     add(
         "--preset",
         choices=("table", "small-images"),

@@ -1,4 +1,4 @@
-"""What is compared: FDConv models beside their static twins, and the paper's equations as literally written."""
+"""What is compared: FDConv models, or those of other dynamic convolutions, beside their static twins, and the paper's equations as literally written."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ from common.gates import move_gates, open_branches
 from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
 from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.default_cfgs import is_zoo_model
 from fdconv_zoo.layers.ops import literal
 
 
@@ -45,7 +46,7 @@ def expand_fdconv_names(patterns: Iterable[str]) -> list[str]:
     """
     names = expand_names(patterns, weights_needed=False)
     for name in names:
-        if not name.partition(".")[0].endswith("_fdconv"):
+        if not is_zoo_model(name):
             hint = f"{name.partition('.')[0]}_fdconv"
             raise ValueError(
                 f"{name} has no static twin: it is no FDConv model"
@@ -55,7 +56,7 @@ def expand_fdconv_names(patterns: Iterable[str]) -> list[str]:
 
 
 def model_pair(name: str, img_size: int, seed: int, model_kwargs: Mapping[str, Any]) -> Pair:
-    """Create a registered FDConv model, with its keyword arguments, and its static twin, with random weights.
+    """Create a registered model of the zoo, with its keyword arguments, and its static twin, with random weights.
 
     Raises:
         ValueError: The model can't be had with that image size or these arguments.
@@ -131,9 +132,12 @@ def literal_model(model: nn.Module) -> nn.Module:
     not the authors' code.
 
     Raises:
-        ValueError: A layer has the masks and the order of the official code (`mask_grid`), which the equations lack.
+        ValueError: No layer is FDConv, or one has the masks and the order of the official code (`mask_grid`), which the
+            equations lack.
     """
     written_out = copy.deepcopy(model)
+    if not any(True for _ in named_fd_layers(written_out)):
+        raise ValueError("--reference has the equations of FDConv alone, and the model has no such layer")
     for name, layer in named_fd_layers(written_out):
         if layer.fdw.official_order:
             raise ValueError(f"--reference has no mask_grid, which {name or 'the layer'} has")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.tables import markdown_table
+from fdconv_zoo.default_cfgs import is_zoo_model
 
 Row = dict[str, Any]
 MIB = 2**20
@@ -22,10 +23,15 @@ def format_mib(size: int | None) -> str:
     return "-" if size is None else f"{size / MIB:,.0f}"
 
 
+def kind_of(name: str) -> str:
+    """What a model's layers are, by its name: FDConv, or another dynamic convolution."""
+    return "dynamic" if is_zoo_model(name) and not name.partition(".")[0].endswith("_fdconv") else "FDConv"
+
+
 def describe(row: Row) -> str:
     """One line about a row, for whoever waits."""
     static, fdconv = format_seconds(row["static"]["seconds"]), format_seconds(row["fdconv"]["seconds"])
-    text = f"  {row['engine']}: static {static}, FDConv {fdconv}, {row['ratio']:.2f}x"
+    text = f"  {row['engine']}: static {static}, {kind_of(row['model'])} {fdconv}, {row['ratio']:.2f}x"
     if "literal" in row:
         literal = row["literal"]
         text += f"; literal equations {format_seconds(literal['seconds'])}, {literal['ratio_to_fdconv']:.1f}x FDConv"
@@ -35,7 +41,8 @@ def describe(row: Row) -> str:
 
 def full_table(rows: Sequence[Row]) -> str:
     """Return a table of everything measured, a line for each workload of a pair."""
-    header = ["model", "mode", "batch", "size", "threads", "engine", "static", "FDConv", "ratio"]
+    header = ["model", "mode", "batch", "size", "threads", "engine", "static"]
+    header += [" or ".join(dict.fromkeys(kind_of(row["model"]) for row in rows)), "ratio"]
     header += ["peak MiB", "saved MiB", "Mparams", "GMACs"]
     with_literal = any("literal" in row for row in rows)
     if with_literal:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.weights import load_checkpoint
 from fdconv_zoo import PretrainedError, static_name
+from fdconv_zoo.default_cfgs import is_zoo_model
 from fdconv_zoo.download import WAYS_OUT
 
 
@@ -100,7 +101,7 @@ def add_static_twins(names: Sequence[str]) -> list[str]:
     for name in names:
         listed.append(name)
         architecture = name.partition(".")[0]
-        if architecture.endswith("_fdconv"):
+        if is_zoo_model(architecture):
             config = get_pretrained_cfg(name)
             listed.append(static_name(f"{architecture}.{config.tag}" if config and config.tag else name))
     if len(listed) == len(names):

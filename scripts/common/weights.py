@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdconv_zoo import convert_static_state_dict
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.choice import named_dynamic_layers
 
 
 def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
@@ -57,14 +57,17 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
 
 
 def fit_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict for the model: prefixes of wrappers stripped, a static model's weights converted for an FDConv one.
+    """A state dict for the model: prefixes of wrappers stripped, a static model's weights converted for a dynamic one.
 
     Raises:
         ValueError: It does not fit; names some keys and the likely cause.
     """
     state = strip_prefixes(state_dict, model)
     misfits = describe_misfits(state, model)
-    static = {f"{name}.weight": math.prod(layer.static_shape) for name, layer in named_fd_layers(model)}
+    layers = dict(named_dynamic_layers(model))
+    static = {f"{name}.weight": math.prod(layer.static_shape) for name, layer in layers.items()}
+    # Several biases have another name than the static one.
+    static |= {f"{name}.bias": layer.static_shape[0] for name, layer in layers.items() if layer.held[1] != "bias"}
     if misfits and static:
         own = model.state_dict()
         odd = {
