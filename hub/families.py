@@ -67,8 +67,8 @@ FAMILIES = (
         title="ResNet with other dynamic convolutions",
         module="dynamic_resnet",
         converted="`_dcd` and `_odconv`: every convolution of the residual branches; `_condconv`: those of the last "
-        "stage; `_dyconv`: the shortcuts too; `_kw`: those and the strided shortcuts, but for what comes before the first "
-        "warehouse. Each is where its own paper has it; stem and classifier stay static.",
+        "stage; `_dyconv`: the shortcuts too; `_kw`: those and the strided shortcuts, but for what comes before the "
+        "first warehouse. Each is where its own paper has it; stem and classifier stay static.",
         added="of ResNet-50 those of the papers: 90.0M, 75.3M, 65.1M (`_odconv`, four kernels), 2.5M (`_kw`), 76.5M "
         "(`_kw_4x`). DCD's 4.3M has a dynamic classifier, for which there is none here.",
         limits="as for ResNet with FDConv. `_kw` models are not for TorchScript. No weights that were trained with "

@@ -4,7 +4,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from common.training_recipe import Recipe
 from experiments.fashion_data import FILES, FOLDER, read_split
 from experiments.image_tensors import ImageTensors
 from experiments.runs import create_parser, experiment, parse_args
-from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
+from fdconv_zoo import FDConv2d, FDLinear, convert, convert_to_fdconv
 from fdconv_zoo.convert import named_fd_layers
 from fdconv_zoo.layers.fourier import column_scale
 
@@ -42,6 +42,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fdconv_4_bands": {"num_bands": 4},
     "fdconv_64_bands": {"num_bands": 64},
 }
+# Other dynamic convolutions in the same four layers; keyword arguments of theirs, the temperature of their papers, and
+# for what part of the run it falls.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "condconv": ("condconv", {}),
+    "dyconv": ("dyconv", {}),
+    "dcd": ("dcd", {"pool": 2}),
+    "odconv": ("odconv", {}),
+    "odconv_1x": ("odconv", {"num_kernels": 1}),
+    "kw": ("kw", {}),
+    "kw_4x": ("kw", {"cell_num_ratio": 4}),
+}
+TEMPERATURES = {"dyconv": ([30.0, 1.0], 10 / 100), "odconv": ([30.0, 1.0], 10 / 100), "kw": ([1.0, 0.0], 20 / 300)}
 DESCRIPTION = f"""Train a small ResNet from scratch on Fashion-MNIST with SGD, and compare at equal epochs.
 
   static                     the static network: two BasicBlocks of {CHANNELS[0]} and {CHANNELS[1]} channels
@@ -50,12 +62,17 @@ DESCRIPTION = f"""Train a small ResNet from scratch on Fashion-MNIST with SGD, a
   fdconv_official_scaling    the same, with the parameter of the official code, S / (min(Cin, Cout) // 2)
   fdw, fdw_ksm, fdw_fbm      parts of FDConv
   fdconv_{{1,4,64}}_band(s)    other numbers of frequency groups
+  {", ".join(METHODS)}
+                             other dynamic convolutions in the same layers, with their papers' temperatures; not among
+                             the defaults
 
 All variants of a seed start as the same function (but static_wide, which can't) and see the same images in the same
 order with the same crops and flips; the figures are those of the last epoch on the 10,000 test images."""
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist
   experiment_fashion_mnist.py --variants static fdconv fdconv_official_scaling
+  experiment_fashion_mnist.py --variants static fdconv condconv dyconv dcd odconv odconv_1x kw kw_4x \\
+      --results-file results/fashion_mnist/methods.json                  FDConv beside the methods of its paper's tables
   experiment_fashion_mnist.py --seeds 0 --epochs 1 --train-images 2000 --results-file outputs/try.json
   experiment_fashion_mnist.py --variants static fdconv --lr 0.1 --results-file outputs/lr0.1.json"""
 NORMALIZE = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.286], [0.353])]
@@ -102,14 +119,27 @@ def create_model(variant: str, seed: int) -> nn.Module:
     model.maxpool = model.layer3 = model.layer4 = nn.Identity()  # 28 pixels have no need of them
     if variant in ("static", "static_wide"):
         return model
+    if variant in METHODS:
+        method, options = METHODS[variant]
+        return convert(model, method, lambda name, _: False if "downsample" in name else None, **options)
     model = convert_to_fdconv(model, **{"num_bands": NUM_BANDS, "recompute": False, **VARIANTS[variant]})
     return use_official_scaling(model) if variant == "fdconv_official_scaling" else model
+
+
+def with_temperature(variant: str, recipe: Recipe) -> Recipe:
+    """The recipe with the temperature of the variant's method, for the part of the epochs that its paper has it."""
+    method, _ = METHODS.get(variant, ("", {}))
+    if method not in TEMPERATURES:
+        return recipe
+    values, part = TEMPERATURES[method]
+    return replace(recipe, temperature=values, temperature_epochs=part * recipe.epochs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from ``argv``."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = create_parser("fashion_mnist", DESCRIPTION, EXAMPLES, list(VARIANTS))
+    parser = create_parser("fashion_mnist", DESCRIPTION, EXAMPLES, [*VARIANTS, *METHODS])
+    parser.set_defaults(variants=list(VARIANTS))
     parser.add_argument(
         "--data-dir", type=Path, default=FOLDER, metavar="DIR",
         help="of the four .gz files (default: %(default)s, where the Debian package puts them)",
@@ -146,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             test_set=test_set,
             metrics=metrics,
             argv=argv,
+            adapt=with_temperature,
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(parser.prog, error) from error

@@ -18,8 +18,8 @@ from common.images import load_image
 from common.models import build_model, expand_names
 from common.record import versions
 from common.weights import load_checkpoint, read_checkpoint
-from fdconv_zoo import FDConv2d, convert_to_fdconv
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo import FDConv2d, convert
+from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
 from pictures.args import check_args, parse_args
 from pictures.layer import Layer, LayerInputs, find_layer
 
@@ -59,7 +59,7 @@ def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
     if not args.convert:
         return names[0], build_model(names[0], checkpoint=checkpoint, **kwargs)
     # a checkpoint may be of the converted model
-    model = convert_to_fdconv(build_model(names[0], pretrained=checkpoint is None, **kwargs))
+    model = convert(build_model(names[0], pretrained=checkpoint is None, **kwargs), args.method)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return f"{names[0]}, converted", model
@@ -103,6 +103,8 @@ def visualize(
     from pictures.report import write_report
     from pictures.weights import STYLE
 
+    if not isinstance(layers[layer_name], Layer):
+        return visualize_method(title, layer_name, layers, args)
     batch, photos = read_photos(args.photos, model, args.img_size)
     inputs, layer = LayerInputs(layer_name), layers[layer_name]
     device = torch.device(args.device)
@@ -132,6 +134,31 @@ def visualize(
     return page
 
 
+def visualize_method(title: str, layer_name: str, layers: Mapping[str, nn.Module], args: argparse.Namespace) -> Path:
+    """Draw what a layer of another method mixes, which no photo changes, and write the page; return its path.
+
+    Raises:
+        ImportError: matplotlib or scikit-learn is not installed.
+    """
+    import matplotlib
+
+    from pictures.parallel import parallel_pictures
+    from pictures.report import write_report
+    from pictures.weights import STYLE
+
+    layer = layers[layer_name]
+    facts = {
+        "Layer": f"{layer_name}: {type(layer).__name__}({layer.extra_repr()})",
+        "Weights": str(args.checkpoint or "pretrained"),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    with torch.inference_mode(), matplotlib.rc_context(STYLE):
+        pictures, similar = parallel_pictures(layer)
+        page = write_report(args.output, title=title, facts=facts, notes=[], pictures=pictures, layers=list(layers))
+    print(f"{title}, layer {layer_name}", similar, sep="\n")
+    return page
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     huggingface_hub.logging.set_verbosity_error()
@@ -143,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # a converted model's hidden layers of KSM are drawn at random
         torch.manual_seed(args.stir_gates or 0)
         title, model = create_model(args)
-        layers = dict(named_fd_layers(model))
+        # A model of another method has no FDConv layers.
+        layers = dict(named_fd_layers(model)) or dict(named_dynamic_layers(model))
         layer_name = find_layer(layers, args.layer)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail("visualize.py", error) from error

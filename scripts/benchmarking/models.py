@@ -1,4 +1,4 @@
-"""What is compared: FDConv models, or those of other dynamic convolutions, beside their static twins, and the paper's equations as literally written."""
+"""What is compared: models of the zoo beside their static twins, and the paper's equations as literally written."""
 
 import copy
 from collections.abc import Iterable, Mapping

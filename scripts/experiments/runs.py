@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
@@ -62,6 +63,7 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
         "--results-file", type=Path, default=Path("results", name, "results.json"), metavar="FILE",
         help="written after each run; runs that are in it are not repeated (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--save-models", action="store_true", help="weights of each run, beside the results file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture (default: the results file with .png)")
     recipe = parser.add_argument_group("recipe", "They override the recipe file, and mean what they mean to train.py.")
     add_recipe_options(recipe, "batch_size", "channels_last", "smoothing", *OPTIMISER, *SCHEDULE)
@@ -122,6 +124,7 @@ def run_all(
     results: dict[str, Any],
     *,
     create_model: Callable[[str, int], nn.Module],
+    adapt: Callable[[str, Recipe], Recipe],
     train_set: Dataset,
     test_set: Dataset,
     metrics: MetricCollection,
@@ -143,13 +146,13 @@ def run_all(
                 bar.set_description(f"{name}, epoch {epoch}, loss {loss:.3f}", refresh=False)
                 bar.update()
 
-            model = create_model(variant, seed).to(args.device)
+            model, own = create_model(variant, seed).to(args.device), adapt(variant, recipe)
             start, cpu_start = time.perf_counter(), time.process_time()
             training = fit(
                 model,
                 train_set,
                 test_set,
-                recipe,
+                own,
                 seed=seed,
                 metrics=lambda: metrics.clone().to(args.device),
                 on_update=report,
@@ -165,7 +168,14 @@ def run_all(
                     **run_record(command, args.device, args.threads),
                     "epochs": curve,
                 }
+                | (
+                    {"temperature": own.temperature, "temperature_epochs": own.temperature_epochs}
+                    if own.temperature
+                    else {}
+                )
             )
+            if args.save_models:
+                save_file(model.state_dict(), args.results_file.with_name(f"{variant}_{seed}.safetensors"))
             write_json(args.results_file, results)
             last = ", ".join(f"{name} {value:.4f}" for name, value in curve[-1].items() if name != "epoch")
             tqdm.write(f"{variant}, seed {seed}: {last}", file=sys.stderr)
@@ -180,6 +190,7 @@ def experiment(
     test_set: Dataset,
     metrics: MetricCollection,
     argv: Sequence[str],
+    adapt: Callable[[str, Recipe], Recipe] = lambda variant, recipe: recipe,
 ) -> None:
     """Make the runs that the results file lacks, then print the table and draw the curves.
 
@@ -191,6 +202,7 @@ def experiment(
         test_set: Images to evaluate on.
         metrics: After each epoch; shares, so that the table gives percent.
         argv: Command line, for the record.
+        adapt: The recipe of a variant, from that of all: what its method wants besides.
 
     Raises:
         ValueError: The results file is of another experiment.
@@ -204,6 +216,7 @@ def experiment(
             args,
             results,
             create_model=create_model,
+            adapt=adapt,
             train_set=train_set,
             test_set=test_set,
             metrics=metrics,

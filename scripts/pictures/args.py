@@ -8,6 +8,7 @@ import torch
 from timm.utils import ParseKwargs
 
 from common.command_line import check_device
+from fdconv_zoo.methods import METHODS
 
 DESCRIPTION = """Draw what FDConv does in a model: how one layer's frequency groups differ, which gates photos get in
 every layer, and what the bands of the features become. Writes PNGs and an HTML page, which needs no network."""
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   visualize.py --model resnet50_fdconv --checkpoint model_best.pth.tar --num-classes 102 \\
       --layer layer2.0.conv2 cat.jpg dog.jpg --output report        your training, two photos beside each other
   visualize.py --model regnety_016 --convert photo.jpg              any static timm model, converted
+  visualize.py --model resnet50_odconv --checkpoint last.safetensors photo.jpg    what another method mixes
 
 needs matplotlib and scikit-learn: pip install matplotlib scikit-learn
 """
@@ -46,6 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-classes", type=int, help="outputs of the classifier, for --checkpoint")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     add("--convert", action="store_true", help="the model is a static one: convert it, then load the checkpoint")
+    add("--method", choices=tuple(METHODS), default="fdconv", help="what --convert converts to (default: %(default)s)")
     add(
         "--stir-gates",
         type=int,

@@ -25,7 +25,8 @@ def find_layer(layers: Mapping[str, Layer], name: str | None) -> str:
     if not layers:
         raise ValueError("the model has no FDConv layers: take an FDConv model, or --convert a static one")
     if name is None:
-        return next((name for name, layer in layers.items() if layer.fbm is not None), next(iter(layers)))
+        with_bands = (name for name, layer in layers.items() if getattr(layer, "fbm", None) is not None)
+        return next(with_bands, next(iter(layers)))
     if name not in layers:
         raise ValueError(f"no FDConv layer {name}, there are: {', '.join(layers)}")
     return name
