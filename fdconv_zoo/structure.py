@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
+from .layers import FDLinear
+from .layers.base import DynamicLayer
 from .sources import forward_source
 
 # A layer with fewer channels on either side stays static, as in the paper's models.
@@ -24,7 +25,7 @@ GATE = re.compile(r"sigmoid|softmax", re.IGNORECASE)
 # In a forward's source: the mean over a map, or a gate.
 POOLS_OR_GATES = re.compile(r"\.mean\(|adaptive_\w+_pool|sigmoid\(|softmax\(", re.IGNORECASE)
 CONVOLUTION = nn.modules.conv._ConvNd
-LAYERS = (CONVOLUTION, nn.Linear, FDConv1d, FDConv2d, FDConv3d, FDLinear)
+LAYERS = (CONVOLUTION, nn.Linear, DynamicLayer)
 
 
 def _holds_layers(module: nn.Module) -> bool:

@@ -36,9 +36,8 @@ Other methods, parameters: each is where its own paper puts it, which gives the 
 4.3 M include a dynamic classifier (+0.229 M), which a detector does not have: without it 4.05 M.
 
 Other methods, FLOPs: counted are the mixing of kernels, the attention, and DCD's pointwise convolutions. The paper does
-not say what it counts. The attention depends on no map; mixing costs a product for each weight of the bank, whatever
-the image. DCD's latent part runs on the maps (0.13 G would be at 224x224, not at a detector's size), and KW mixes each
-cell from all cells of its warehouse, which its row leaves out."""
+not say what it counts. Mixing costs a product for each weight of the bank, whatever the image. DCD's latent part runs
+on the maps, which its row can't contain; KW mixes each cell from all cells of its warehouse, and its rows say nothing."""
 
 
 def measure_methods(head: str, size: tuple[int, int]) -> dict[str, dict[str, int]]:

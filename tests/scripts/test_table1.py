@@ -22,8 +22,17 @@ def test_paper_figures_are_met(capsys, tmp_path):
     assert static == pytest.approx(PAPER["mask_rcnn"]["flops"], abs=0.1)
     added = (counted["added_fdw"] + counted["added_ksm"] + counted["added_fbm_maps"]) / 1e9
     assert added == pytest.approx(PAPER_ADDED["flops"], abs=0.05)
+    methods = counted["methods"]
+    added_params = {name: found["added_params"] for name, found in methods.items()}
+    assert added_params == {
+        "resnet50_dyconv": 75_338_144, "resnet50_odconv": 65_113_856, "resnet50_kw": 2_495_278, "resnet50_kw_4x": 76_458_112,
+    }  # fmt: skip
+    # a cell for each static weight, mixed from as many as its warehouse has
+    assert methods["resnet50_kw"]["added_macs"] / 1e9 == pytest.approx(2.0, abs=0.05)
+    assert methods["resnet50_kw_4x"]["added_macs"] / 1e9 == pytest.approx(8.1, abs=0.1)
     table = capsys.readouterr().out
     assert "| parameters, FDConv adds | +3.6 M | +3.647 M |" in table
+    assert "| parameters, ODConv (4x) adds | +65.1 M | +65.114 M |" in table
     assert f"| FLOPs, FDConv adds without FBM's filters | +1.8 G | +{added:.2f} G |" in table
 
 

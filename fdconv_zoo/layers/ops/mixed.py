@@ -182,17 +182,23 @@ def backward_kernel(
     geometry = Geometry(tuple(shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
     grad, x, count = grad.contiguous(), x.contiguous(), len(cells)
     grad_x = torch.empty_like(x) if need_x else None
-    grad_attention, grad_cells = torch.empty_like(attention), torch.zeros_like(cells).view(count, -1)
+    # Half precision would lose what each chunk adds.
+    exact = torch.promote_types(cells.dtype, torch.float32)
+    grad_attention, grad_cells = torch.empty_like(attention), torch.zeros_like(cells, dtype=exact).view(count, -1)
     grad_positions = None if positions is None else torch.empty_like(positions)
     for part, mixture in chunks(Mixture(x, attention, cells, positions), shape, device_limits.chunk):
         part_x, mixed, part_positions = Chunk(mixture, shape, geometry, groups).backward(grad[part], need_x)
         grad_attention[part] = torch.mm(mixed, cells.reshape(count, -1).mT).view_as(mixture.attention)
-        grad_cells.addmm_(mixture.attention.reshape(-1, count).mT, mixed)
+        shares = mixture.attention.reshape(-1, count).mT
+        if exact == cells.dtype:
+            grad_cells.addmm_(shares, mixed)
+        else:
+            grad_cells += torch.mm(shares, mixed)
         if grad_x is not None:
             grad_x[part] = part_x
         if grad_positions is not None:
             grad_positions[part] = part_positions
-    found = (grad_x, grad_attention, grad_cells.view_as(cells), grad_positions)
+    found = (grad_x, grad_attention, grad_cells.view_as(cells).to(cells.dtype), grad_positions)
     return [gradient for gradient in found if gradient is not None]
 
 
