@@ -37,7 +37,7 @@ Other methods, parameters: each is where its own paper puts it, which gives the 
 
 Other methods, FLOPs: counted are the mixing of kernels, the attention, and DCD's pointwise convolutions. The paper does
 not say what it counts. Mixing costs a product for each weight of the bank, whatever the image. DCD's latent part runs
-on the maps, which its row can't contain; KW mixes each cell from all cells of its warehouse, and its rows say nothing."""
+on the maps, which its row can't contain; KW mixes each cell from all of its warehouse, and its rows say nothing."""
 
 
 def measure_methods(head: str, size: tuple[int, int]) -> dict[str, dict[str, int]]:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiment_fashion_mnist import VARIANTS, create_model, main, use_official_scaling
+from experiment_fashion_mnist import METHODS, VARIANTS, create_model, main, use_official_scaling
 from experiments.fashion_data import FILES, read_idx
 from fdconv_zoo import FDConv2d
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
 from fdconv_zoo.cost import count_parameters
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "experiment_fashion_mnist.py"
@@ -222,3 +222,20 @@ def test_official_scaling_moves_the_weight_by_its_factor():
     spectra = [torch.fft.rfft2(move.transpose(1, 2).reshape(60, 60)) for move in moves]
     torch.testing.assert_close(spectra[1][:, 1:-1], spectra[0][:, 1:-1] / 18)
     torch.testing.assert_close(spectra[1][:, [0, -1]], spectra[0][:, [0, -1]] / 36)
+
+
+def test_other_methods_take_their_temperatures_and_save_their_weights(data, tmp_path):
+    results = tmp_path / "methods.json"
+    main(command(data, results, "--variants", "odconv", "kw", "--seeds", "0", "--save-models"))
+    runs = {run["variant"]: run for run in json.loads(results.read_text())["runs"]}
+    assert runs["odconv"]["temperature"] == [30, 1, 0.1]
+    assert runs["kw"]["temperature"] == [1, 0, 1 / 15]
+    assert (tmp_path / "odconv_0.safetensors").exists() and (tmp_path / "kw_0.safetensors").exists()
+
+
+@pytest.mark.parametrize("variant", METHODS)
+def test_other_methods_start_as_the_same_function(variant):
+    x = torch.randn(2, 1, 28, 28)
+    static, model = create_model("static", 0).eval(), create_model(variant, 0).eval()
+    torch.testing.assert_close(model(x), static(x), rtol=1e-4, atol=1e-5)
+    assert len(list(named_dynamic_layers(model))) == 4
