@@ -68,9 +68,12 @@ def render_card(release: Release, repo: str, sha256: str) -> str:
     base = f"[{release.base_model}](https://huggingface.co/{release.base_model})"
     if not release.trained:
         origin = f"The weights of {base}"
-        origin += (
-            ", moved into the Fourier domain: the same function, ready to fine-tune." if release.is_fdconv else "."
-        )
+        if release.is_fdconv:
+            origin += ", moved into the Fourier domain: the same function, ready to fine-tune."
+        else:
+            origin += (
+                f", converted to {release.method}: the same function, ready to fine-tune." if release.method else "."
+            )
     elif release.base_model:
         origin = f"Fine-tuned from {base}."
     elif release.start == "random":

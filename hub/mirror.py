@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi
 
+from fdconv_zoo.default_cfgs import KINDS
 from fdconv_zoo.download import PretrainedError, Source, download_verified, redact
 from fdconv_zoo.integrity import check_repo_path, file_digest
 from fdconv_zoo.pretrained import manifest
@@ -31,6 +33,10 @@ To carry a cache bundle over: tar cf bundle.tar bundle
 """
 
 
+# Longest first: odconv_1x is no odconv of a model called 1x.
+KIND = re.compile(rf"_({'|'.join(sorted(KINDS, key=len, reverse=True))})(?=[.*?\[]|$)")
+
+
 def select(patterns: Iterable[str], sources: Iterable[Source]) -> list[Source]:
     """The sources that the patterns name, and every file of a repository that is none of them.
 
@@ -44,7 +50,7 @@ def select(patterns: Iterable[str], sources: Iterable[Source]) -> list[Source]:
     """
     chosen: dict[tuple[str, str], Source] = {}
     for pattern in patterns:
-        static = pattern.replace("_fdconv", "").removesuffix("_converted")
+        static = KIND.sub("", pattern).removesuffix("_converted")
         names = (static, f"*/{static}", f"*/{static}.*")
         found = [source for source in sources if any(fnmatch.fnmatchcase(source.repo, name) for name in names)]
         if not found and "/" in pattern and not set(pattern) & set("*?["):

@@ -16,7 +16,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
 from fdconv_zoo.integrity import check_safetensors
 from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE, SUMMARY_FILE
 
@@ -57,6 +57,11 @@ class Release:
     def is_fdconv(self) -> bool:
         """Whether any layer is an FDConv layer."""
         return next(named_fd_layers(self.model), None) is not None
+
+    @property
+    def method(self) -> str:
+        """What its dynamic layers are, or an empty string."""
+        return next((layer.method for _, layer in named_dynamic_layers(self.model)), "")
 
 
 RECIPE_KEYS = ("epochs", "batch_size", "opt", "lr", "lr_base", "weight_decay", "sched", "seed")
