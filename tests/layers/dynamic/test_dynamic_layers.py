@@ -105,15 +105,15 @@ def test_no_kernels_are_kept_for_the_backward_pass(cls):
 def test_mixing_operator_has_the_plain_operations_gradients(groups, with_positions):
     torch.manual_seed(0)
     shape, geometry = [8, 8 // groups, 3, 3], Geometry((3, 3), (2, 1), (1, 1, 2, 2), (1, 2))
-    inputs = [torch.randn(5, 8, 7, 6), torch.rand(5, 1, 3), torch.randn(3, *shape)]
+    inputs = [torch.randn(5, 8, 5, 4), torch.rand(5, 1, 3), torch.randn(3, *shape)]
     inputs += [torch.rand(5, 9)] if with_positions else []
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
 
     def function(x, attention, cells, positions=None):
         return mixed_conv2d(x, attention, cells, positions, shape, geometry, groups)
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     expected = []
     x, attention, cells = inputs[:3]
     for i in range(5):
