@@ -53,7 +53,7 @@ def test_conversion_keeps_the_function(method):
     model = convert(static_net(), method)
     assert relative_error(model(images()), expected) < 1e-12
     layers = dict(named_dynamic_layers(model))
-    assert len(layers) == {"dyconv": 11, "kw": 11}.get(method, 8)
+    assert len(layers) == {"dyconv": 12, "kw": 10}.get(method, 8)
     assert sum(report.replaced for report in fdconv_zoo.summary(model)) == len(layers)
     assert {report.kind for report in fdconv_zoo.summary(model) if report.replaced} == {METHODS[method].title}
     assert list(fdconv_zoo.modulation_parameters(model))
@@ -73,8 +73,8 @@ def test_a_trained_model_takes_static_weights(method):
     assert relative_error(model(images()), static(images())) < 1e-12
     init_static(model, lambda: None)
     assert relative_error(model(images()), static(images())) < 1e-12
-    with pytest.raises(ValueError, match=r"layer1\.0\.conv1\.weight \(3, 3\) instead of"):
-        convert_static_state_dict({**static.state_dict(), "layer1.0.conv1.weight": torch.zeros(3, 3)}, model)
+    with pytest.raises(ValueError, match=r"layer2\.0\.conv2\.weight \(3, 3\) instead of"):
+        convert_static_state_dict({**static.state_dict(), "layer2.0.conv2.weight": torch.zeros(3, 3)}, model)
 
 
 def test_biases_are_converted_too():
