@@ -55,9 +55,10 @@ class KWAttention(Annealed):
         self.hidden = Hidden(in_channels, reduction, norm_layer, device=device, dtype=dtype)
         others = self.cells - self.own
         self.basis = max(int(others * nonlocal_basis_ratio), 16) if nonlocal_basis_ratio < 1 else 0
-        logits = self.own + self.basis + 1 if self.basis else self.cells + 1
+        # Logits that one mixture has before those of other layers' cells are made of the basis.
+        self.made = self.own + self.basis + 1 if self.basis else self.cells + 1
         self.fc2 = Projection(
-            self.hidden.channels, self.mixtures * logits, bias=not self.basis, device=device, dtype=dtype
+            self.hidden.channels, self.mixtures * self.made, bias=not self.basis, device=device, dtype=dtype
         )
         self.fc3 = self.basis_bias = None
         if self.basis:
@@ -89,7 +90,7 @@ class KWAttention(Annealed):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, m, n + 1), the null cell's last."""
-        logits = self.fc2(hidden).view(hidden.shape[0], self.mixtures, -1)
+        logits = self.fc2(hidden).view(hidden.shape[0], self.mixtures, self.made)
         if self.fc3 is None:
             return logits
         own, basis, null = logits.split([self.own, self.basis, 1], dim=2)
