@@ -168,11 +168,7 @@ def run_all(
                     **run_record(command, args.device, args.threads),
                     "epochs": curve,
                 }
-                | (
-                    {"temperature": own.temperature, "temperature_epochs": own.temperature_epochs}
-                    if own.temperature
-                    else {}
-                )
+                | ({"temperature": [*own.temperature, own.temperature_epochs]} if own.temperature else {})
             )
             if args.save_models:
                 save_file(model.state_dict(), args.results_file.with_name(f"{variant}_{seed}.safetensors"))
