@@ -102,7 +102,7 @@ class KWAttention(Annealed):
         """Share of each cell in each mixture (B, m, n), from the pooled input (B, Cin)."""
         logits = self._logits(self.hidden(pooled))
         shares = logits / (logits.abs().sum(dim=2, keepdim=True) + NORM_FLOOR)
-        start = torch.zeros_like(shares[0]).scatter(1, self.columns.unsqueeze(1), 1.0)
+        start = shares.new_zeros(self.mixtures, self.cells + 1).scatter(1, self.columns.unsqueeze(1), 1.0)
         return ((1 - self.temperature) * shares + self.temperature * start)[..., : self.cells]
 
 
