@@ -70,7 +70,17 @@ class DynamicLayer(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Takes over the static weight and bias, shaped as the static layer's; the modulation is set to rest."""
+        """Takes over the static weight and bias, shaped as the static layer's; the modulation is set to rest.
+
+        Raises:
+            ValueError: On a weight of another shape, a bias for a layer without one, or none for one with.
+        """
+        if (bias is None) != (self.static_bias() is None):
+            given = "None" if bias is None else "a tensor"
+            raise ValueError(f"a bias that is {given}, but the layer has bias={self.static_bias() is not None}")
+        if not self.takes_shape(weight.shape):
+            raise ValueError(f"a static weight of shape {list(weight.shape)} instead of {list(self.static_shape)}")
+        weight = weight.reshape(self.static_shape)
         own = self.state_dict(keep_vars=True)
         for key, value in self.static_state(weight, bias).items():
             own[key].copy_(value)

@@ -251,7 +251,7 @@ class KWConv2d(DynamicConv2d):
     def set_static(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes over the static weight and bias; other layers' cells stay."""
         super().set_static(weight, bias)
-        self._with_pieces(self.bank(), weight)
+        self._with_pieces(self.bank(), weight.reshape(self.static_shape))
 
     @torch.jit.ignore
     def static_weight(self) -> Tensor:
