@@ -86,7 +86,7 @@ class DynamicLayer(nn.Module):
             own[key].copy_(value)
 
     @torch.jit.ignore
-    def holder(self) -> nn.Parameter:
+    def holder(self) -> Tensor:
         """The parameter that holds the static weight."""
         return self.get_parameter(self.held[0])
 

@@ -194,7 +194,7 @@ class KWConv2d(DynamicConv2d):
         return self.first().cells
 
     @torch.jit.ignore
-    def holder(self) -> nn.Parameter:
+    def holder(self) -> Tensor:
         """The cells, wherever they are held."""
         return self.first().cells
 
