@@ -1,5 +1,7 @@
 """What the dynamic convolutions beside FDConv share: arguments, geometry, and the way to what they compute."""
 
+from collections.abc import Callable
+
 import torch
 import torch.fx
 from timm.layers import to_2tuple
@@ -66,6 +68,14 @@ class DynamicConv2d(DynamicConvolution):
     def reset_modulation(self) -> None:
         """Starts again from the static weight, as a layer made from the static one does."""
         self.set_static(self.static_weight(), self.static_bias())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv2d":
+        """Moves the module; a bank has five dimensions and is no volume that could be channels-last."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten(1)).view(tensor.shape) if tensor.dim() == 5 else fn(tensor)
+
+        return super()._apply(move, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the layer's function of x (B, Cin, H, W)."""

@@ -148,6 +148,9 @@ def test_dtypes_autocast_and_channels_last(cls):
     assert layer(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
     assert relative_error(layer(x.to(memory_format=torch.channels_last)), expected) < 1e-5
     assert relative_error(copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16()), expected) < 0.1
+    moved = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    assert relative_error(moved(x), expected) < 1e-5
+    assert {name: p.shape for name, p in moved.named_parameters()} == {n: p.shape for n, p in layer.named_parameters()}
     assert layer(x[:0]).shape == (0, 32, 9, 9)
     for wrong in (x[0], x[:, :3], x.int()):
         with pytest.raises(ValueError, match="takes"):
