@@ -28,7 +28,7 @@ from fdconv_zoo.dense import FeaturePyramid, build_transformers_head, load_trans
 from fdconv_zoo.layers import KSM, ksm
 from tests.compare import relative_error
 from tests.dense_models import MODELS, NARROW
-from tests.models.base import stir
+from tests.models.stirring import stir
 
 ALL = (-4, -3, -2, -1)
 # Swin's patches are 4 by 4 pixels

@@ -17,7 +17,7 @@ from fdconv_zoo import (
 )
 from fdconv_zoo.convert import named_fd_layers
 from tests.compare import randomise, randomise_norms, relative_error
-from tests.models.base import stir
+from tests.models.stirring import stir
 
 NARROW = dict(channels=(20, 24, 32, 40), layers=(1, 1, 1, 1), num_classes=7)
 MODELS = {

@@ -1,6 +1,7 @@
 """What all layers of this package share, FDConv's and those it is compared with: from and to the static layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -87,13 +88,17 @@ class DynamicLayer(nn.Module):
 
     @torch.jit.ignore
     def holder(self) -> Tensor:
-        """The parameter that holds the static weight."""
-        return self.get_parameter(self.held[0])
+        """The parameter that holds the static weight, or what a parametrization makes of others in its place."""
+        return attrgetter(self.held[0])(self)
 
     @torch.jit.ignore
     def modulation(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the static layer has no counterpart of."""
-        return ((name, parameter) for name, parameter in self.named_parameters() if name not in self.held)
+        held = tuple(f"{name}." for name in self.held)
+        for name, parameter in self.named_parameters():
+            # What a parametrization makes a held parameter of is no modulation either.
+            if not f"{name.replace('parametrizations.', '')}.".startswith(held):
+                yield name, parameter
 
     def _adopt(self, static: nn.Module) -> None:
         # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
@@ -109,7 +114,7 @@ class DynamicLayer(nn.Module):
     def _copy_static_to(self, twin: nn.Module) -> Any:
         twin.weight.copy_(self.static_weight()).requires_grad_(self.holder().requires_grad)
         if twin.bias is not None:
-            twin.bias.copy_(self.static_bias()).requires_grad_(self.get_parameter(self.held[1]).requires_grad)
+            twin.bias.copy_(self.static_bias()).requires_grad_(attrgetter(self.held[1])(self).requires_grad)
         return twin.train(self.training)
 
 

@@ -6,7 +6,7 @@ FDW makes a weight for each sample, KSM gates its elements, FBM gates the freque
 from a static one computes the same function until it is trained.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -132,19 +132,6 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
         self.ksm.reset_parameters()
         if self.fbm is not None:
             self.fbm.reset_parameters()
-
-    @torch.jit.ignore
-    def holder(self) -> Tensor:
-        """The spectrum, also where torch parametrises it."""
-        return self.fdw.spectrum
-
-    @torch.jit.ignore
-    def modulation(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of KSM and FBM."""
-        for name in ("ksm", "fbm"):
-            part = getattr(self, name)
-            if part is not None:
-                yield from part.named_parameters(prefix=name)
 
     @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

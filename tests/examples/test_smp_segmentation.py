@@ -8,7 +8,7 @@ from timm.layers import freeze_batch_norm_2d
 
 from fdconv_zoo.convert import named_fd_layers
 from tests.dense_models import MODELS, NARROW
-from tests.models.base import stir
+from tests.models.stirring import stir
 
 QUICK = {("upernet", "convnext_tiny_fdconv"), ("unet", "swin_tiny_fdconv"), ("deeplabv3plus", "resnet50_fdconv")}
 PAIRS = [

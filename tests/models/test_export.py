@@ -9,7 +9,8 @@ from torch.export import Dim
 
 import fdconv_zoo  # noqa: F401, registers the models
 from tests.compare import relative_error
-from tests.models.base import assert_same_gradients, gradients, stir
+from tests.models.base import assert_same_gradients, gradients
+from tests.models.stirring import stir
 
 NARROW = dict(channels=(20, 24, 32, 40), num_classes=7)
 SWIN = dict(img_size=64, window_size=4, embed_dim=24, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4), num_classes=7)

@@ -7,7 +7,8 @@ import timm
 import torch
 
 from tests.compare import relative_error
-from tests.models.base import ModelTester, stir
+from tests.models.base import ModelTester
+from tests.models.stirring import stir
 
 SMALL = dict(img_size=64, window_size=4, embed_dim=24, depths=(2, 2, 2, 1), num_heads=(2, 2, 4, 4), drop_path_rate=0)
 

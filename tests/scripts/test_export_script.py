@@ -14,7 +14,7 @@ import torch
 
 import fdconv_zoo  # noqa: F401, registers the models
 from tests.compare import relative_error
-from tests.models.base import stir
+from tests.models.stirring import stir
 from tests.scripts.image_files import write_images
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"

@@ -12,7 +12,7 @@ import fdconv_zoo  # noqa: F401, registers the models
 from common.onnx_file import check_onnx, open_onnxruntime, open_openvino, write_onnx
 from fdconv_zoo import FDConv2d
 from tests.compare import randomise, relative_error
-from tests.models.base import stir
+from tests.models.stirring import stir
 
 RUNTIMES = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
 NARROW = dict(channels=(20, 24, 32, 40), layers=(1, 1, 1, 1), num_classes=7)
