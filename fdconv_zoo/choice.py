@@ -94,7 +94,7 @@ class Candidate(NamedTuple):
     reason: str
     problem: Problem | None = None
 
-    def report(self, kind: str = "FDConv") -> LayerReport:
+    def report(self, kind: str) -> LayerReport:
         weight = getattr(self.layer, "weight", None)
         known = weight is not None and not isinstance(self.layer, LazyModuleMixin)
         return LayerReport(self.name, tuple(weight.shape) if known else (), self.reason, kind)
@@ -139,7 +139,7 @@ def impossible_reason(layer: nn.Module, method: Method) -> str:
         return f"a subclass ({type(layer).__name__}) that computes something else"
     if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
         return "it has hooks on its state dict"
-    if getattr(layer, "groups", 1) > 1:
+    if getattr(layer, "groups", 1) > 1 and not method.groups:
         return f"groups={layer.groups}"
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return f"padding_mode={layer.padding_mode!r}"
@@ -193,8 +193,8 @@ class Rules:
             return self._linear_reason(layer, parts)
         if SHORTCUTS.intersection(parts) and not self.method.shortcuts:
             return "shortcut or downsampling between stages"
-        if impossible:
-            return impossible
+        if layer.groups > 1:
+            return f"groups={layer.groups}"
         if layer.kernel_size == layer.stride != (1,) * len(layer.stride):
             return "patch embedding or downsampling between stages"
         return LARGE if is_large(layer.kernel_size) else ""

@@ -34,14 +34,15 @@ from .tokens import PROBLEMS
 _logger = logging.getLogger(__name__)
 
 
-def summary(model: nn.Module, include: Include | None = None) -> Summary:
-    """What :func:`convert_to_fdconv` replaces in a model, or has replaced, and what it leaves and why.
+def summary(model: nn.Module, include: Include | None = None, method: str = "fdconv") -> Summary:
+    """What :func:`convert` replaces in a model, or has replaced, and what it leaves and why.
 
     `print(summary(model))` prints a table.
 
     Args:
         model: A static or a converted model.
-        include: As for :func:`convert_to_fdconv`.
+        include: As for :func:`convert`.
+        method: As for :func:`convert`.
 
     Returns:
         A report for each convolution and linear layer, of whatever dimension, in the model's order. In a converted
@@ -51,7 +52,8 @@ def summary(model: nn.Module, include: Include | None = None) -> Summary:
         ValueError: If `include` insists on what can't be replaced, or names what the model has not.
         TypeError: If `model` is no module, or `include` neither function nor names.
     """
-    reports = {candidate.name: candidate.report() for candidate in choose(model, include)}
+    chosen = find_method(method)
+    reports = {candidate.name: candidate.report(chosen.title) for candidate in choose(model, include, method=chosen)}
     converted = {
         name: LayerReport(name, layer.static_shape, "", layer.method) for name, layer in named_dynamic_layers(model)
     }

@@ -44,6 +44,7 @@ class Method(NamedTuple):
         layers: Names of its layers, for people.
         counterparts: What makes a layer from a static one, by the static layer's class.
         shortcuts: Whether shortcuts between stages are replaced too.
+        groups: Whether a layer may have groups of channels; those that have are replaced where one insists on them.
         extra_options: Options beside those of the layers.
         left: Of the layers that would be replaced, those that stay static after all, and why.
         plan: Options of each layer, from the layers that are replaced and the options that were given.
@@ -53,6 +54,7 @@ class Method(NamedTuple):
     layers: str
     counterparts: dict[type[nn.Module], Callable[..., DynamicLayer]]
     shortcuts: bool = False
+    groups: bool = False
     extra_options: frozenset[str] = frozenset()
     left: Callable[[Layers], dict[str, str]] = _nothing
     plan: Callable[[Layers, Options], dict[str, Options]] = _same_options
@@ -81,10 +83,10 @@ METHODS = {
         },
         plan=_with_gain_maps,
     ),
-    "condconv": Method("CondConv", "CondConv2d", {nn.Conv2d: CondConv2d.from_conv}),
-    "dyconv": Method("DY-Conv", "DYConv2d", {nn.Conv2d: DYConv2d.from_conv}, shortcuts=True),
+    "condconv": Method("CondConv", "CondConv2d", {nn.Conv2d: CondConv2d.from_conv}, groups=True),
+    "dyconv": Method("DY-Conv", "DYConv2d", {nn.Conv2d: DYConv2d.from_conv}, shortcuts=True, groups=True),
     "dcd": Method("DCD", "DCDConv2d", {nn.Conv2d: DCDConv2d.from_conv}),
-    "odconv": Method("ODConv", "ODConv2d", {nn.Conv2d: ODConv2d.from_conv}),
+    "odconv": Method("ODConv", "ODConv2d", {nn.Conv2d: ODConv2d.from_conv}, groups=True),
     "kw": Method(
         title="KernelWarehouse",
         layers="KWConv2d and its warehouses",

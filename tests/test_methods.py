@@ -77,6 +77,27 @@ def test_a_trained_model_takes_static_weights(method):
         convert_static_state_dict({**static.state_dict(), "layer2.0.conv2.weight": torch.zeros(3, 3)}, model)
 
 
+def test_grouped_layers_are_left_and_may_be_insisted_on():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(20, 40, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(40, 20, 1)).eval()
+
+    x = torch.randn(2, 20, 6, 6)
+    for method in PEERS:
+        plan = fdconv_zoo.summary(net(), method=method)
+        assert [(report.reason, report.kind) for report in plan] == [
+            ("groups=4", METHODS[method].title),
+            ("", METHODS[method].title),
+        ]
+        if METHODS[method].groups:
+            model = convert(net(), method, lambda name, module: True)
+            assert len(list(named_dynamic_layers(model))) == 2
+            assert relative_error(model(x), net()(x)) < 1e-5
+        else:
+            with pytest.raises(ValueError, match=f"can't be an? {METHODS[method].title} layer: groups=4"):
+                convert(net(), method, lambda name, module: True)
+
+
 def test_biases_are_converted_too():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(20, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=1)).double()
@@ -91,8 +112,6 @@ def test_layers_that_share_a_weight_are_refused_where_they_can_t():
     for method in PEERS:
         net = nn.Sequential(nn.Conv2d(20, 20, 1, bias=False), nn.ReLU(), nn.Conv2d(20, 20, 1, bias=False))
         net[2].weight = net[0].weight
-        if method == "dcd":
-            continue
         with pytest.raises(ValueError, match="two layers share a weight"):
             convert(net, method)
 

@@ -162,11 +162,14 @@ class KWConv2d(DynamicConv2d):
         place = warehouse.place(self)
         self.ratio = warehouse.ratio
         self.attention = KWAttention(in_channels, place, reduction, nonlocal_basis_ratio, norm_layer, **factory)
+        self.owned = place.owned
         # In a tuple, where nn.Module does not look: the parameters are the first layer's alone.
         self._first = (place.first,)
         cells = None if place.first is not None else torch.empty(place.num_cells, *place.cell_shape, **factory)
         self.register_parameter("cells", None if cells is None else nn.Parameter(cells))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None)
+        if cells is not None:
+            nn.init.zeros_(self.cells)  # until the layers that own them are made
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -177,8 +180,8 @@ class KWConv2d(DynamicConv2d):
         if own:
             start = self.attention.start
             bank[start : start + own].normal_(std=math.sqrt(2 / (own * bank.shape[1])))
-        if self.cells is not None:
-            self.cells[own:].normal_(std=math.sqrt(2 / (len(bank) * bank.shape[1])))
+        if self.cells is not None and self.owned < len(bank):
+            self.cells[self.owned :].normal_(std=math.sqrt(2 / (len(bank) * bank.shape[1])))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         self.attention.reset_parameters()

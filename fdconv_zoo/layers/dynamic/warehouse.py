@@ -21,6 +21,7 @@ class Place(NamedTuple):
         num_cells: Cells n of the warehouse.
         start: Cells before the layer's own.
         own: The layer's own cells.
+        owned: Cells that any layer owns; they are the first ones.
         columns: Cell that each mixture starts from; n, the null cell, for those that start from none.
     """
 
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     num_cells: int
     start: int
     own: int
+    owned: int
     columns: list[int]
 
 
@@ -87,7 +89,7 @@ class Warehouse:
         counts = [self._own(mixtures) for mixtures in self.mixtures]
         start = sum(counts[:index])
         columns = self._columns(self.mixtures[index], start)
-        return Place(first, self.cell_shape, self.num_cells, start, counts[index], columns)
+        return Place(first, self.cell_shape, self.num_cells, start, counts[index], sum(counts), columns)
 
     def _own(self, mixtures: int) -> int:
         return mixtures * int(self.ratio) if self.ratio >= 1 else int(self.ratio * mixtures)

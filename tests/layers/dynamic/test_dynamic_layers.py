@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fdconv_zoo
 from fdconv_zoo.layers import FDConv2d
@@ -155,6 +156,33 @@ def test_dtypes_autocast_and_channels_last(cls):
     for wrong in (x[0], x[:, :3], x.int()):
         with pytest.raises(ValueError, match="takes"):
             layer(wrong)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_vmap(cls):
+    layer, x = cls(24, 32, 3, padding=1).eval(), torch.randn(2, 3, 24, 9, 9)
+    assert relative_error(torch.func.vmap(layer)(x), torch.stack([layer(part) for part in x])) < 1e-5
+
+
+def test_a_layer_s_reset_leaves_the_cells_of_others():
+    warehouse = Warehouse([(24, 24, 3, 3), (24, 24, 1, 1)], cell_num_ratio=1.5)
+    first, second = KWConv2d(24, 24, 3, warehouse=warehouse), KWConv2d(24, 24, 1, warehouse=warehouse)
+    before = first.cells.detach().clone()
+    assert before.flatten(1).norm(dim=1).min() > 0
+    first.reset_parameters()
+    changed = (first.cells != before).flatten(1).any(1).tolist()
+    assert changed == [True] * 9 + [False] + [True] * 5
+    assert second.bank() is first.cells
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_parametrised_static_weight_is_no_modulation(cls):
+    layer = cls(24, 32, 3, padding=1)
+    expected = [name for name, _ in layer.modulation()]
+    path, _, name = layer.held[0].rpartition(".")
+    parametrize.register_parametrization(layer.get_submodule(path), name, nn.Tanh())
+    assert [name for name, _ in layer.modulation()] == expected
+    assert relative_error(layer.static_twin().weight, layer.static_weight()) < 1e-6
 
 
 @pytest.mark.parametrize("cls", LAYERS)
