@@ -25,6 +25,7 @@ from .structure import (
     find_pooled,
     has_stages,
     network_names,
+    within_network,
 )
 from .tokens import Problem, find_unfit
 
@@ -156,18 +157,13 @@ class Rules:
 
     def __init__(self, model: nn.Module, method: Method) -> None:
         self.model, self.method = model, method
-        self.networks = sorted(set(network_names(model)), key=len, reverse=True)
+        self.networks = network_names(model)
         self.mlps, self.narrow_mlps = find_mlps(model)
         self.pooled = find_pooled(model)
 
-    def _local(self, name: str) -> tuple[str, list[str]]:
-        """Name of the network that a layer is in, and the parts of the layer's name in it."""
-        network = next((n for n in self.networks if n and name.startswith(f"{n}.")), "")
-        return network, (name.removeprefix(f"{network}.") if network else name).split(".")
-
     def reason(self, name: str, layer: nn.Module) -> str:
         """Why a layer stays static, or an empty string if it is replaced."""
-        network, parts = self._local(name)
+        network, parts = within_network(name, self.networks)
         if isinstance(layer, LazyModuleMixin | nn.modules.conv._ConvTransposeNd):
             return impossible_reason(layer, self.method)
         if "weight" in layer._parameters and is_narrow(*layer.weight.shape[:2]) and getattr(layer, "groups", 1) == 1:
@@ -281,5 +277,5 @@ def choose(
             found.append(Candidate(name, layer, problem.reason, problem))
         else:
             found.append(Candidate(name, layer, reason))
-    left = method.left({candidate.name: candidate.layer for candidate in found if not candidate.reason})
+    left = method.left(model, {candidate.name: candidate.layer for candidate in found if not candidate.reason})
     return [c._replace(reason=left[c.name]) if c.name in left and c.name not in insisted else c for c in found]

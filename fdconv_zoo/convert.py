@@ -120,7 +120,7 @@ def convert(
     _raise_on_unfit_blocks(candidates)
     layers = {c.name: c.layer for c in candidates if not c.reason}
     shared = find_shared(model, layers.values())
-    options = chosen.plan(layers, kwargs)
+    options = chosen.plan(model, layers, kwargs)
     replaced: dict[nn.Module, DynamicLayer] = {}
     for name, layer in layers.items():
         if layer in replaced:

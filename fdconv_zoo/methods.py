@@ -23,16 +23,16 @@ def layer_options(layer_class: type[nn.Module]) -> set[str]:
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - decided
 
 
-def _same_options(layers: Layers, options: Options) -> dict[str, Options]:
+def _same_options(model: nn.Module, layers: Layers, options: Options) -> dict[str, Options]:
     return dict.fromkeys(layers, options)
 
 
-def _with_gain_maps(layers: Layers, options: Options) -> dict[str, Options]:
+def _with_gain_maps(model: nn.Module, layers: Layers, options: Options) -> dict[str, Options]:
     gain_maps: GainMaps = {}
     return {name: {**options, "gain_maps": gain_maps} for name in layers}
 
 
-def _nothing(layers: Layers) -> dict[str, str]:
+def _nothing(model: nn.Module, layers: Layers) -> dict[str, str]:
     return {}
 
 
@@ -46,8 +46,8 @@ class Method(NamedTuple):
         shortcuts: Whether shortcuts between stages are replaced too.
         groups: Whether a layer may have groups of channels; those that have are replaced where one insists on them.
         extra_options: Options beside those of the layers.
-        left: Of the layers that would be replaced, those that stay static after all, and why.
-        plan: Options of each layer, from the layers that are replaced and the options that were given.
+        left: Of a model's layers that would be replaced, those that stay static after all, and why.
+        plan: Options of each layer, from the model, its layers that are replaced, and the options that were given.
     """
 
     title: str
@@ -56,8 +56,8 @@ class Method(NamedTuple):
     shortcuts: bool = False
     groups: bool = False
     extra_options: frozenset[str] = frozenset()
-    left: Callable[[Layers], dict[str, str]] = _nothing
-    plan: Callable[[Layers, Options], dict[str, Options]] = _same_options
+    left: Callable[[nn.Module, Layers], dict[str, str]] = _nothing
+    plan: Callable[[nn.Module, Layers, Options], dict[str, Options]] = _same_options
 
     @property
     def options(self) -> set[str]:

@@ -4,7 +4,7 @@ Names are the authors'; what holds a layer, what it is beside and which channels
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ CONVOLUTION = nn.modules.conv._ConvNd
 LAYERS = (CONVOLUTION, nn.Linear, DynamicLayer)
 
 
-def _holds_layers(module: nn.Module) -> bool:
-    return any(isinstance(part, LAYERS) for part in module.modules())
+def _holds_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> bool:
+    return any(isinstance(part, kinds) for part in module.modules())
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -193,16 +193,27 @@ def _is_pointwise(layer: nn.Module) -> bool:
     return isinstance(layer, LAYERS) and set(layer.kernel_size) == {1} and layer.groups == 1
 
 
-def network_names(model: nn.Module) -> list[str]:
-    """Names of the networks in a model, "" for the model itself: what wrappers hold, and timm's models anywhere."""
+def network_names(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> list[str]:
+    """Names of the networks in a model, "" for the model itself: what wrappers hold, and timm's models anywhere.
+
+    Args:
+        model: The model.
+        kinds: Layers that a network is made of: a wrapper holds all of them in one child.
+    """
     names = [name for name, module in model.named_modules() if hasattr(module, "pretrained_cfg")]
     name, module = "", model
     while True:
-        children = [(key, child) for key, child in module.named_children() if _holds_layers(child)]
-        if len(children) != 1 or isinstance(children[0][1], LAYERS):
+        children = [(key, child) for key, child in module.named_children() if _holds_layers(child, kinds)]
+        if len(children) != 1 or isinstance(children[0][1], kinds):
             return [*names, name]
         key, module = children[0]
         name = f"{name}.{key}" if name else key
+
+
+def within_network(name: str, networks: Iterable[str]) -> tuple[str, list[str]]:
+    """Name of the innermost of the networks that a layer is in, and the parts of the layer's name in it."""
+    network = max((n for n in networks if n and name.startswith(f"{n}.")), key=len, default="")
+    return network, (name.removeprefix(f"{network}.") if network else name).split(".")
 
 
 def has_stages(network: nn.Module) -> bool:

@@ -7,59 +7,91 @@ warehouse; before the first stage there is none, and they stay static.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from .layers.base import DynamicLayer
 from .layers.dynamic import Warehouse
-from .structure import SHORTCUTS
+from .structure import CONVOLUTION, SHORTCUTS, network_names, within_network
 
+Layers = Mapping[str, nn.Module]
 WAREHOUSE_OPTIONS = ("cell_num_ratio", "cell_inplane_ratio", "cell_outplane_ratio")
 
 
-def _stage(name: str) -> str:
-    """The part of a name that is a stage's: up to the first part with a number, as in layer1 and stages.1."""
-    parts = name.split(".")
-    numbered = [i for i, part in enumerate(parts) if any(character.isdigit() for character in part)]
-    return ".".join(parts[: numbered[0] + 1]) if numbered and numbered[0] + 1 < len(parts) else ""
+class _Spot(NamedTuple):
+    """Where a layer is in its network, whatever that is wrapped in.
+
+    Attributes:
+        network: Name of the network.
+        stage: The part of the layer's name in it that is a stage's, such as layer1 or stages.1.
+        block: The parts before the shortcut, if the layer is one.
+    """
+
+    network: str
+    stage: str
+    block: str | None
 
 
-def _entries(layers: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the shortcuts between stages, and of the first layers of their blocks."""
-    found = set()
+def _spots(model: nn.Module, layers: Layers) -> dict[str, _Spot]:
+    networks = network_names(model, (CONVOLUTION, DynamicLayer))
+    found = {}
     for name in layers:
-        parts = name.split(".")
-        place = next((i for i, part in enumerate(parts) if part in SHORTCUTS), None)
-        if place is not None:
-            block = ".".join(parts[:place])
-            found |= {name, next(other for other in layers if other.startswith(f"{block}." if block else ""))}
+        network, parts = within_network(name, networks)
+        # Up to the first part with a number.
+        numbered = next((i for i, part in enumerate(parts[:-1]) if any(map(str.isdigit, part))), -1)
+        shortcut = next((i for i, part in enumerate(parts) if part in SHORTCUTS), None)
+        block = None if shortcut is None else ".".join([network, *parts[:shortcut]] if network else parts[:shortcut])
+        found[name] = _Spot(network, ".".join(parts[: numbered + 1]), block)
     return found
 
 
-def without_warehouse(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def _entries(spots: Mapping[str, _Spot]) -> set[str]:
+    """Names of the shortcuts between stages, and of the first layers of their blocks."""
+    found = set()
+    for name, spot in spots.items():
+        if spot.block is not None:
+            prefix = f"{spot.block}." if spot.block else ""
+            found |= {name, next(other for other in spots if other.startswith(prefix))}
+    return found
+
+
+def _stages(spots: Mapping[str, _Spot]) -> dict[str, list[str]]:
+    """The stages of each network, in its order."""
+    found: dict[str, list[str]] = {}
+    for spot in spots.values():
+        stages = found.setdefault(spot.network, [])
+        if spot.stage not in stages:
+            stages.append(spot.stage)
+    return found
+
+
+def without_warehouse(model: nn.Module, layers: Layers) -> dict[str, str]:
     """Layers that would belong to a warehouse before the first stage's, and why they stay static."""
-    stages = [_stage(name) for name in layers]
-    reason = "takes the stem's channels, before the first warehouse"
-    return {name: reason for name in _entries(layers) if _stage(name) == stages[0]}
+    spots = _spots(model, layers)
+    stages = _stages(spots)
+    reason = "takes the channels of what is before the first warehouse"
+    return {name: reason for name in _entries(spots) if spots[name].stage == stages[spots[name].network][0]}
 
 
-def plan_warehouses(layers: Mapping[str, nn.Module], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def plan_warehouses(model: nn.Module, layers: Layers, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Options of each layer, its warehouse among them.
 
     Args:
+        model: Holds the layers.
         layers: Convolutions by name, in the model's order.
         options: Of the layers and of the warehouses.
 
     Raises:
         ValueError: An option of the warehouses is out of range.
     """
-    stages = list(dict.fromkeys(_stage(name) for name in layers))
-    before = dict(zip(stages[1:], stages, strict=False))
-    entries = _entries(layers)
-    members: dict[str, list[str]] = {}
-    for name in layers:
-        stage = _stage(name)
-        members.setdefault(before.get(stage, stage) if name in entries else stage, []).append(name)
+    spots = _spots(model, layers)
+    entries, all_stages = _entries(spots), _stages(spots)
+    members: dict[tuple[str, str], list[str]] = {}
+    for name, spot in spots.items():
+        stages = all_stages[spot.network]
+        stage = stages[max(stages.index(spot.stage) - (name in entries), 0)]
+        members.setdefault((spot.network, stage), []).append(name)
     ratios = {key: value for key, value in options.items() if key in WAREHOUSE_OPTIONS}
     rest = {key: value for key, value in options.items() if key not in WAREHOUSE_OPTIONS}
     planned = {}
