@@ -9,8 +9,9 @@ def set_temperature(model: nn.Module, value: float) -> int:
     """Sets the temperature of all layers of a model that have one, in place.
 
     DY-Conv's and ODConv's divides the logits of their attention and ends at 1. KernelWarehouse's, its beta, is the
-    share of the cells that mixtures start from and ends at 0. A new model, and one with loaded weights, is at the end.
-    It is state of a run: no state dict has it, and a compiled model is not compiled anew.
+    share of the cells that mixtures start from and ends at 0. A new model is at the end. It is state of a run: no state
+    dict has it, and loading one leaves it as it is; a copied or pickled model keeps its own. A compiled model is not
+    compiled anew.
 
     Args:
         model: A model with dynamic layers, or a lone layer.

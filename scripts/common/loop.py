@@ -15,7 +15,7 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import Tensor, nn
 
 from common.optim import create_optimizer, create_schedule
-from common.temperature import anneal
+from common.temperature import anneal, check_temperature
 from common.training_recipe import Recipe
 from fdconv_zoo import modulation_parameters
 
@@ -83,6 +83,7 @@ class Trainer:
         model = unwrap_model(self.task.get_trainable_module())
         self._modulation = [parameter for _, parameter in modulation_parameters(model)]
         self.optimizer = create_optimizer(model, self.recipe, self.images_per_update)
+        check_temperature(model, self.recipe)
         self.scheduler, self.epochs = create_schedule(self.optimizer, self.recipe, self.updates_per_epoch)
         self.follow_schedule()
 

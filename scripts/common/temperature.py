@@ -4,6 +4,7 @@ from torch import nn
 
 from common.training_recipe import Recipe
 from fdconv_zoo import set_temperature
+from fdconv_zoo.layers.dynamic import Annealed
 
 
 def temperature_at(recipe: Recipe, epochs: float) -> float | None:
@@ -17,6 +18,31 @@ def temperature_at(recipe: Recipe, epochs: float) -> float | None:
     return end + (start - end) * max(0.0, 1 - epochs / recipe.temperature_epochs)
 
 
+def check_temperature(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse a recipe's temperature where the model can't have it; if it can, it has the first one then.
+
+    Args:
+        model: That is to be trained.
+        recipe: Of the training.
+
+    Raises:
+        ValueError: The model has no layer with a temperature, the first one is out of its range, or the last one is
+            not that at which weights load: what is saved would be another function than what was measured.
+    """
+    if recipe.temperature is None:
+        return
+    start, end = recipe.temperature
+    if not set_temperature(model, start):
+        raise ValueError(
+            f"--temperature is for DY-Conv, ODConv and KernelWarehouse: {type(model).__name__} has no such layer"
+        )
+    for layer in model.modules():
+        if isinstance(layer, Annealed) and end != layer.rest:
+            raise ValueError(
+                f"the temperature ends at {end:g}, but weights of {type(layer).__name__} load at {layer.rest:g}"
+            )
+
+
 def anneal(models: list[nn.Module], recipe: Recipe, epochs: float) -> None:
     """Give the recipe's temperature to models; without one they keep theirs.
 
@@ -24,15 +50,9 @@ def anneal(models: list[nn.Module], recipe: Recipe, epochs: float) -> None:
         models: The one that is trained, and perhaps an average of it.
         recipe: Of the training.
         epochs: Those that are done, fractions of one included.
-
-    Raises:
-        ValueError: A model has no layer with a temperature, or the number is out of its range.
     """
     value = temperature_at(recipe, epochs)
     if value is None:
         return
     for model in models:
-        if not set_temperature(model, value):
-            raise ValueError(
-                f"--temperature is for DY-Conv, ODConv and KernelWarehouse: {type(model).__name__} has no such layer"
-            )
+        set_temperature(model, value)

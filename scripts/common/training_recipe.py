@@ -133,6 +133,12 @@ class Recipe:
             raise ValueError("temperature and temperature_epochs go together")
         if self.temperature_epochs is not None and self.temperature_epochs <= 0:
             raise ValueError(f"temperature_epochs is {self.temperature_epochs}, it must be above 0")
+        # Weights load at the last temperature: a run that ends at another saves another function than it measures.
+        if self.temperature_epochs is not None and self.temperature_epochs > self.epochs + self.cooldown_epochs:
+            raise ValueError(
+                f"temperature_epochs is {self.temperature_epochs:g}, but the run has "
+                f"{self.epochs + self.cooldown_epochs} epochs: it must end at the last temperature"
+            )
         check_optimizer(self.opt)
 
     @classmethod

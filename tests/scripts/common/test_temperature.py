@@ -27,7 +27,7 @@ def temperatures(module):
 def test_a_line_and_then_its_end():
     recipe = Recipe(**RECIPE, temperature=[30.0, 1.0], temperature_epochs=2.0)
     assert [temperature_at(recipe, epochs) for epochs in (0, 0.5, 1, 2, 3)] == [30, 22.75, 15.5, 1, 1]
-    assert temperature_at(Recipe(**RECIPE, temperature=[1, 0], temperature_epochs=20), 5) == 0.75
+    assert temperature_at(Recipe(**{**RECIPE, "epochs": 20}, temperature=[1, 0], temperature_epochs=20), 5) == 0.75
     assert temperature_at(Recipe(**RECIPE), 1) is None
 
 
@@ -51,8 +51,14 @@ def test_a_model_without_temperature_and_half_a_schedule_are_refused():
         next(fit(model("resnet18"), images, images, recipe, seed=0))
     with pytest.raises(ValueError, match="a temperature of 30"):
         next(fit(model("resnet18_kw"), images, images, recipe, seed=0))
+    to_zero = Recipe(**RECIPE, temperature=[30.0, 0.0], temperature_epochs=1.0)
+    with pytest.raises(ValueError, match="ends at 0, but weights of ODAttention load at 1"):
+        next(fit(model(), images, images, to_zero, seed=0))
     for half in ({"temperature": [30.0, 1.0]}, {"temperature_epochs": 1.0}):
         with pytest.raises(ValueError, match="go together"):
             Recipe(**RECIPE, **half)
     with pytest.raises(ValueError, match="temperature_epochs is 0"):
         Recipe(**RECIPE, temperature=[30.0, 1.0], temperature_epochs=0)
+    with pytest.raises(ValueError, match="temperature_epochs is 4, but the run has 3 epochs"):
+        Recipe(**RECIPE, temperature=[30.0, 1.0], temperature_epochs=4)
+    assert Recipe(**RECIPE, cooldown_epochs=1, temperature=[30.0, 1.0], temperature_epochs=4).temperature_epochs == 4
