@@ -13,6 +13,7 @@ from torch import nn
 
 from .layers.base import DynamicLayer
 from .layers.dynamic import Warehouse
+from .layers.dynamic.warehouse import refuse_below_one
 from .structure import CONVOLUTION, SHORTCUTS, network_names, within_network
 
 Layers = Mapping[str, nn.Module]
@@ -83,8 +84,9 @@ def plan_warehouses(model: nn.Module, layers: Layers, options: dict[str, Any]) -
         options: Of the layers and of the warehouses.
 
     Raises:
-        ValueError: An option of the warehouses is out of range.
+        ValueError: An option of the warehouses is out of range, or they would be too small for static weights.
     """
+    refuse_below_one(options.get("cell_num_ratio", 1))
     spots = _spots(model, layers)
     entries, all_stages = _entries(spots), _stages(spots)
     members: dict[tuple[str, str], list[str]] = {}

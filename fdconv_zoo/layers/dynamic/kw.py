@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ksm import Projection
 from .conv2d import DynamicConv2d, add_bias, pooled
 from .parts import Annealed, Hidden, draw_by_fan_out
-from .warehouse import Place, Warehouse
+from .warehouse import Place, Warehouse, refuse_below_one
 
 # What the null cell and this leave of a mixture of one cell alone is 1 / (1 + 0.001).
 NORM_FLOOR = 1e-3
@@ -201,13 +201,6 @@ class KWConv2d(DynamicConv2d):
         """The cells, wherever they are held."""
         return self.first().cells
 
-    def _refuse_below_one(self) -> None:
-        if self.ratio < 1:
-            raise ValueError(
-                f"cell_num_ratio={self.ratio}: a warehouse of fewer cells than the static layers have can't hold their "
-                "weights. Convert with cell_num_ratio of 1 or more, or train from scratch"
-            )
-
     @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """An attention at zero, but for a bias that gives each mixture the cell it starts from; without the cells.
@@ -215,7 +208,7 @@ class KWConv2d(DynamicConv2d):
         Raises:
             ValueError: The warehouse is too small for static weights.
         """
-        self._refuse_below_one()
+        refuse_below_one(self.ratio)
         attention = self.attention
         if attention.basis:
             raise ValueError(
@@ -237,7 +230,10 @@ class KWConv2d(DynamicConv2d):
         super().put_static(state, prefixes, weight, bias)
         key = f"{prefixes[self.first()]}cells"
         bank = state[key] if key in state else self.bank()
-        state[key] = self._with_pieces(bank.detach().clone(), weight)
+        if bank.is_meta and not weight.is_meta:
+            # Its numbers are of no use: those that no static weight takes are drawn as a new layer draws them.
+            bank = torch.empty_like(bank, device=weight.device).normal_(std=math.sqrt(2 / (len(bank) * bank.shape[1])))
+        state[key] = self._with_pieces(bank.detach().to(weight.device, copy=True), weight)
 
     @torch.jit.ignore
     def _with_pieces(self, bank: Tensor, weight: Tensor) -> Tensor:
@@ -246,7 +242,7 @@ class KWConv2d(DynamicConv2d):
         co, ci = bank.shape[1:3]
         grid = weight.view(filters // co, co, channels // ci, ci, kh, kw).permute(4, 5, 0, 2, 1, 3)
         pieces = grid.reshape(-1, co, ci, 1, 1) * (1 + NORM_FLOOR)
-        bank[torch.tensor(self.attention.column_list)] = pieces.to(bank.dtype)
+        bank[torch.tensor(self.attention.column_list)] = pieces.to(bank)
         return bank
 
     @torch.jit.ignore
@@ -256,6 +252,16 @@ class KWConv2d(DynamicConv2d):
         super().set_static(weight, bias)
         self._with_pieces(self.bank(), weight.reshape(self.static_shape))
 
+    def _adopt(self, static: nn.Module) -> None:
+        super()._adopt(static)
+        trains, cells_train = static.weight.requires_grad, self.bank().requires_grad
+        if self._first[0] is not None and trains != cells_train:
+            words = {True: "is trained", False: "is frozen"}
+            raise ValueError(
+                f"its static weight {words[trains]}, but that of its warehouse's first layer {words[cells_train]}, and "
+                "they share their cells: freeze or train all layers of a warehouse, or leave some with include"
+            )
+
     @torch.jit.ignore
     def static_weight(self) -> Tensor:
         """What the cells that mixtures start from make (Cout, Cin, kh, kw).
@@ -263,7 +269,7 @@ class KWConv2d(DynamicConv2d):
         Raises:
             ValueError: The warehouse is too small for static weights.
         """
-        self._refuse_below_one()
+        refuse_below_one(self.ratio)
         filters, channels, kh, kw = self.static_shape
         bank = self.bank()
         co, ci = bank.shape[1:3]

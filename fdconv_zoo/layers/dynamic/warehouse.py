@@ -20,7 +20,7 @@ class Place(NamedTuple):
         cell_shape: Shape (co, ci, 1, 1) of a cell.
         num_cells: Cells n of the warehouse.
         start: Cells before the layer's own.
-        own: The layer's own cells.
+        own: The layer's own cells, no other layer's.
         owned: Cells that any layer owns; they are the first ones.
         columns: Cell that each mixture starts from; n, the null cell, for those that start from none.
     """
@@ -34,6 +34,20 @@ class Place(NamedTuple):
     columns: list[int]
 
 
+def refuse_below_one(ratio: float) -> None:
+    """Refuse a budget of cells that can't hold static weights.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if ratio < 1:
+        raise ValueError(
+            f"cell_num_ratio={ratio}: a warehouse of fewer cells than the static layers have can't hold their weights, "
+            "and models are made by conversion. Take a cell_num_ratio of 1 or more, or put KWConv2d layers of a "
+            "Warehouse into a network of your own and train it from scratch"
+        )
+
+
 class Warehouse:
     """The cells of a bank, shared out among layers of these shapes, which are then made in this order.
 
@@ -44,7 +58,8 @@ class Warehouse:
         cell_outplane_ratio: The same for filters.
 
     Raises:
-        ValueError: On ratios out of range, or cells that do not divide the kernels.
+        ValueError: On ratios out of range, cells that do not divide the kernels, or, with a budget below 1, so few
+            cells that a layer gets none, or cells that no layer gets.
     """
 
     def __init__(
@@ -71,6 +86,7 @@ class Warehouse:
         self.cell_shape = (co, ci, 1, 1)
         self.mixtures = [kh * kw * (filters // co) * (channels // ci) for filters, channels, kh, kw in shapes]
         self.num_cells = max(int(cell_num_ratio * sum(self.mixtures)), 1)
+        self.counts = self._share_out()
         self._first: nn.Module | None = None
         self._taken = 0
 
@@ -86,13 +102,25 @@ class Warehouse:
             raise ValueError(f"a layer of {layer.static_shape}, but next in the warehouse's plan is {planned}")
         self._taken += 1
         first, self._first = self._first, self._first or layer
-        counts = [self._own(mixtures) for mixtures in self.mixtures]
-        start = sum(counts[:index])
+        start, counts = sum(self.counts[:index]), self.counts
         columns = self._columns(self.mixtures[index], start)
         return Place(first, self.cell_shape, self.num_cells, start, counts[index], sum(counts), columns)
 
-    def _own(self, mixtures: int) -> int:
-        return mixtures * int(self.ratio) if self.ratio >= 1 else int(self.ratio * mixtures)
+    def _share_out(self) -> list[int]:
+        """How many cells each layer owns."""
+        if self.ratio >= 1:
+            return [mixtures * int(self.ratio) for mixtures in self.mixtures]
+        counts: list[int] = []
+        for mixtures in self.mixtures:
+            columns = self._columns(mixtures, sum(counts))
+            counts.append(sum(column < self.num_cells for column in columns))
+        if 0 in counts or sum(counts) < self.num_cells:
+            shares = ", ".join(f"{count} of {m}" for count, m in zip(counts, self.mixtures, strict=True))
+            raise ValueError(
+                f"cell_num_ratio={self.ratio}: {self.num_cells} cells, of which the layers' mixtures start from "
+                f"{shares}, but each layer must have one, and each cell a layer: choose other ratios"
+            )
+        return counts
 
     def _columns(self, mixtures: int, start: int) -> list[int]:
         if self.ratio >= 1:
