@@ -41,10 +41,8 @@ class ConvertedModel(nn.Module):
         self._start_from_scratch()
 
     def _start_from_scratch(self) -> None:
-        # FDConv's paper draws the static weight as any, with every gate at 1: so it is converted.
-        if self.method != "fdconv":
-            for _, layer in named_dynamic_layers(self):
-                layer.reset_parameters()
+        for _, layer in named_dynamic_layers(self):
+            layer.start_from_scratch()
 
     @classmethod
     def _rule_within(cls, name: str, module: nn.Module) -> bool | None:

@@ -239,7 +239,7 @@ def move_static_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
             layer.put_static(out, {**prefixes, layer: prefix}, weight.reshape(expected), bias)
         if f"{prefix}{layer.held[0]}" in out or weight is not None:
             for key in layer.state_dict(prefix=prefix):
-                if key not in (f"{prefix}bias", f"{prefix}filter_scale"):
+                if key not in (f"{prefix}{layer.held[1]}", f"{prefix}filter_scale"):
                     out.setdefault(key, own[key].clone())
     if wrong_shapes:
         raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {'; '.join(wrong_shapes)}")

@@ -108,6 +108,15 @@ def test_biases_are_converted_too():
         assert relative_error(model(x), net(x)) < 1e-12, method
 
 
+def test_a_state_dict_that_lacks_biases_does_not_pass_for_whole():
+    bare = nn.Conv2d(20, 20, 3, padding=1, bias=False)
+    for method in METHODS:
+        model = convert(nn.Sequential(nn.Conv2d(20, 20, 3, padding=1)), method)
+        state = convert_static_state_dict({"0.weight": bare.weight}, model)
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0\..*bias"):
+            model.load_state_dict(state)
+
+
 def test_layers_that_share_a_weight_are_refused_where_they_can_t():
     for method in PEERS:
         net = nn.Sequential(nn.Conv2d(20, 20, 1, bias=False), nn.ReLU(), nn.Conv2d(20, 20, 1, bias=False))
@@ -211,3 +220,16 @@ def test_models_start_as_their_papers_have_it():
     assert torch.corrcoef(kernels).triu(1).abs().max() < 0.1
     model.init_weights()
     assert torch.corrcoef(model.layer1[0].conv1.kernels.flatten(1)).triu(1).abs().max() < 0.1
+
+
+def test_experts_start_at_the_scale_of_the_static_model_s_weights():
+    torch.manual_seed(0)
+    options = {"layers": (1, 1, 1, 1), "channels": (20, 20, 20, 40)}
+    static, model = (timm.create_model(name, **options) for name in ("resnet18", "resnet18_condconv"))
+    for _ in range(2):
+        for name, layer in named_dynamic_layers(model):
+            scale = static.get_submodule(name).weight.std()
+            experts = layer.bank().flatten(1)
+            assert ((experts.std(dim=1) / scale - 1).abs() < 0.05).all()
+            assert torch.corrcoef(experts).triu(1).abs().max() < 0.1
+        model.init_weights()

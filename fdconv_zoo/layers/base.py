@@ -74,7 +74,8 @@ class DynamicLayer(nn.Module):
         """Takes over the static weight and bias, shaped as the static layer's; the modulation is set to rest.
 
         Raises:
-            ValueError: On a weight of another shape, a bias for a layer without one, or none for one with.
+            ValueError: On a weight of another shape, a bias for a layer without one, none for one with, or a
+                parametrised weight.
         """
         if (bias is None) != (self.static_bias() is None):
             given = "None" if bias is None else "a tensor"
@@ -82,9 +83,23 @@ class DynamicLayer(nn.Module):
         if not self.takes_shape(weight.shape):
             raise ValueError(f"a static weight of shape {list(weight.shape)} instead of {list(self.static_shape)}")
         weight = weight.reshape(self.static_shape)
-        own = self.state_dict(keep_vars=True)
-        for key, value in self.static_state(weight, bias).items():
+        own, state = self.state_dict(keep_vars=True), self.static_state(weight, bias)
+        parametrised = [key for key in state if key not in own]
+        if not isinstance(self.holder(), nn.Parameter):
+            parametrised.append(self.held[0])
+        if parametrised:
+            raise ValueError(
+                f"{', '.join(dict.fromkeys(parametrised))} is made by a parametrization, which would undo what is set: "
+                "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        for key, value in state.items():
             own[key].copy_(value)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def start_from_scratch(self) -> None:
+        """Draws the layer as its paper does; the static weight that it has was drawn as the static model draws it."""
+        self.reset_parameters()
 
     @torch.jit.ignore
     def holder(self) -> Tensor:

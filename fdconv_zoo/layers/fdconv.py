@@ -134,6 +134,10 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
             self.fbm.reset_parameters()
 
     @torch.jit.ignore
+    def start_from_scratch(self) -> None:
+        """Leaves the layer as it is: the paper draws the static weight as any, with every gate at 1."""
+
+    @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The spectrum of a static weight, shaped as that of nn.Conv2d or nn.Linear, and the bias."""
         matrix = weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape))

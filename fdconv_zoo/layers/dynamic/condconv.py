@@ -72,6 +72,16 @@ class CondConv2d(DynamicConv2d):
         nn.init.zeros_(self.routing_fn.bias)
 
     @torch.jit.ignore
+    @torch.no_grad()
+    def start_from_scratch(self) -> None:
+        """Draws each expert at the scale of the static weight, and the router as timm does; biases are the static."""
+        weight, bias = self.static_weight(), self.static_bias()
+        self.reset_parameters()
+        self.conv.weight.normal_().mul_(weight.std())
+        if bias is not None:
+            self.conv.bias.copy_(bias.expand_as(self.conv.bias))
+
+    @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Experts whose sum is twice the static weight, and a router at zero, which gives each of them a half.
 
@@ -84,7 +94,7 @@ class CondConv2d(DynamicConv2d):
             "routing_fn.weight": torch.zeros_like(router.weight),
             "routing_fn.bias": torch.zeros_like(router.bias),
         }
-        return state if bias is None else {**state, "conv.bias": (2 / experts * bias).expand(experts, -1)}
+        return state if bias is None else {**state, "conv.bias": (2 / experts * bias).repeat(experts, 1)}
 
     @torch.jit.ignore
     def static_weight(self) -> Tensor:

@@ -116,8 +116,9 @@ class DYConv2d(DynamicConv2d):
     @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The static weight in every kernel: whatever the attention, its sum is 1."""
-        state = {"kernels": weight.expand(len(self.kernels), *self.static_shape)}
-        return state if bias is None else {**state, "biases": bias.expand(len(self.kernels), -1)}
+        count = len(self.kernels)
+        state = {"kernels": weight.repeat(count, 1, 1, 1, 1)}
+        return state if bias is None else {**state, "biases": bias.repeat(count, 1)}
 
     @torch.jit.ignore
     def static_weight(self) -> Tensor:

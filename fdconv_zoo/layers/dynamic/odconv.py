@@ -171,7 +171,7 @@ class ODConv2d(DynamicConv2d):
     @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The static weight in every kernel, and the heads of the gates at zero, where every gate is 1."""
-        state = {"kernels": weight.expand(len(self.kernels), *self.static_shape)}
+        state = {"kernels": weight.repeat(len(self.kernels), 1, 1, 1, 1)}
         heads = {
             f"attention.heads.{name}": head.detach().clone() for name, head in self.attention.heads.named_parameters()
         }

@@ -4,6 +4,7 @@ import copy
 import io
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +24,7 @@ from fdconv_zoo.layers.dynamic import (
     Warehouse,
 )
 from fdconv_zoo.layers.ops import mixed_conv2d
+from fdconv_zoo.layers.ops.eager import limits
 from fdconv_zoo.layers.ops.types import Geometry
 from tests.compare import relative_error
 
@@ -124,6 +126,22 @@ def test_mixing_operator_has_the_plain_operations_gradients(groups, with_positio
     assert relative_error(function(*inputs), torch.cat(expected)) < 1e-12
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("cls", MIXED)
+def test_chunks_of_samples_give_what_one_gives(cls, kernel, monkeypatch):
+    """Output and gradients, of a batch in chunks of two samples, the last of one."""
+    torch.manual_seed(0)
+    layer, x = cls(24, 32, kernel, padding=kernel // 2, dtype=torch.float64).eval(), images(5).double()
+    found = []
+    for chunk in (1 << 30, 2 * layer.static_weight().numel() + 1):
+        monkeypatch.setattr(limits, "CPU", limits.CPU._replace(chunk=chunk))
+        inputs = [x.clone().requires_grad_(), *layer.parameters()]
+        output = layer(inputs[0])
+        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), inputs)])
+    assert all(relative_error(chunked, whole) < 1e-12 for whole, chunked in zip(*found, strict=True))
+    assert found[0][1].abs().max() > 0
+
+
 @pytest.mark.parametrize("groups", [4, 24])
 @pytest.mark.parametrize("cls", [CondConv2d, DYConv2d, ODConv2d])
 def test_groups(cls, groups):
@@ -182,7 +200,27 @@ def test_a_parametrised_static_weight_is_no_modulation(cls):
     path, _, name = layer.held[0].rpartition(".")
     parametrize.register_parametrization(layer.get_submodule(path), name, nn.Tanh())
     assert [name for name, _ in layer.modulation()] == expected
-    assert relative_error(layer.static_twin().weight, layer.static_weight()) < 1e-6
+    twin = layer.static_twin()
+    assert relative_error(twin.weight, layer.static_weight()) < 1e-6
+    before = copy.deepcopy(layer.state_dict())
+    for change in (layer.reset_modulation, lambda: layer.set_static(twin.weight, twin.bias)):
+        with pytest.raises(ValueError, match=f"{layer.held[0]} is made by a parametrization"):
+            change()
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_static_state_can_be_saved_and_assigned(cls):
+    """Whole tensors of their own, no views of one static kernel."""
+    static, x = conv().eval(), images()
+    layer = cls(24, 32, 3, padding=1).eval()
+    state = fdconv_zoo.convert_static_state_dict(static.state_dict(), layer)
+    assert len(safetensors.torch.save(state)) > 0
+    layer.load_state_dict(state, assign=True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3, momentum=0.9)
+    assert relative_error(layer(x), static(x)) < 1e-5
+    layer(x).square().sum().backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("cls", LAYERS)
