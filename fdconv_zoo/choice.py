@@ -76,7 +76,8 @@ class Summary(list[LayerReport]):
         rows = [(r.name, "x".join(map(str, r.shape)), f"static: {r.reason}" if r.reason else r.kind) for r in self]
         name_width, shape_width = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
         lines = [f"{name:<{name_width}}  {shape:<{shape_width}}  {fate}" for name, shape, fate in rows]
-        kinds = ", ".join(dict.fromkeys(report.kind for report in self if report.replaced)) or "FDConv"
+        shown = [report.kind for report in self if report.replaced] or [report.kind for report in self] or ["FDConv"]
+        kinds = ", ".join(dict.fromkeys(shown))
         return "\n".join([*lines, f"{kinds}: {replaced} of {len(self)} layers"])
 
 
@@ -266,7 +267,7 @@ def choose(
         elif wanted and reason:
             if impossible := impossible_reason(layer, method):
                 raise ValueError(
-                    f"include returned True for {name}, which can't be an {method.title} layer: {impossible}. "
+                    f"include returned True for {name}, which {method.title} has no layer for: {impossible}. "
                     "True insists on a layer that the rule leaves; return None for the rule's choice"
                 )
             reason = ""

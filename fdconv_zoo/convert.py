@@ -83,7 +83,8 @@ def convert(
     MLPs; stems, shortcuts, classifiers, grouped and narrow layers stay (:func:`summary` lists them with the reason).
     "condconv", "dcd" and "odconv" replace these convolutions and no linear layers, "dyconv" the shortcuts too, and "kw"
     those but the ones before its first warehouse. CondConv's paper has it in the last stage alone: narrow it with
-    `include`. Hooks, shared parameters and lists that hold a layer go over to its replacement.
+    `include`. DCD has its form for bottlenecks, `pool=1`; its paper's for BasicBlocks is `pool=2`, as in
+    `resnet18_dcd`. Hooks, shared parameters and lists that hold a layer go over to its replacement.
 
     Args:
         model: Any CNN or transformer of timm, torchvision or one's own.
@@ -207,7 +208,7 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
 
     Raises:
         ValueError: If keys fit nothing in the model, a static weight has another shape, or a layer has both a static
-            and an FDConv weight; they are listed.
+            and a dynamic weight; they are listed.
     """
     own = model.state_dict()
     out = move_static_weights(state_dict, model)
@@ -294,7 +295,8 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
     """Turns a checkpoint of a method's official repository into a state dict for this package's model.
 
     FDConv's were trained with masks on a 64x64 grid: build the model with `mask_grid=64`. Those of ODConv,
-    KernelWarehouse and DCD, of timm's CondConv and of the usual DY-Conv have the names of their reference code.
+    KernelWarehouse and DCD, of timm's CondConv and of the usual DY-Conv have the names of their reference code. DCD's
+    whole models have a dynamic classifier, which ours have not: leave out its keys.
 
     Args:
         state_dict: Official backbone or detector checkpoint (keys below `backbone.`), with or without the wrappers

@@ -37,8 +37,8 @@ def freeze_static(module: nn.Module) -> None:
         for stage in (model.conv1, model.bn1, model.layer1):
             freeze_static(stage)
 
-    Layers of a KernelWarehouse share their cells, which are frozen with the warehouse's first layer, that holds them: the
-    first layers of a stage take theirs from the stage before and are frozen with it, whatever is said of their own.
+    Layers of a KernelWarehouse share its cells, which are frozen with the layer that holds them, the first one. So the
+    first layers of a stage, which take theirs from the stage before, are frozen with that and not with their own.
 
     BatchNorm's statistics are buffers and go on as they were; an optimiser made before keeps what it was given.
 

@@ -59,7 +59,7 @@ def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
     if not args.convert:
         return names[0], build_model(names[0], checkpoint=checkpoint, **kwargs)
     # a checkpoint may be of the converted model
-    model = convert(build_model(names[0], pretrained=checkpoint is None, **kwargs), args.method)
+    model = convert(build_model(names[0], pretrained=checkpoint is None, **kwargs), args.method or "fdconv")
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return f"{names[0]}, converted", model

@@ -342,7 +342,7 @@ def test_include_insists():
 
 def test_include_cannot_insist_on_the_impossible():
     model = nn.Sequential(nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 32, 1))
-    with pytest.raises(ValueError, match=r"True for 0, which can't be an FDConv layer: groups=32.*return None"):
+    with pytest.raises(ValueError, match=r"True for 0, which FDConv has no layer for: groups=32.*return None"):
         convert_to_fdconv(model, include=lambda name, module: True)
     assert isinstance(model[1], nn.Conv2d)
 

@@ -201,6 +201,7 @@ def test_a_summary_prints_as_a_table_in_the_models_order():
         "FDConv: 2 of 6 layers",
     ]
     assert str(summary(nn.ReLU())) == "FDConv: 0 of 0 layers"
+    assert str(summary(nn.Linear(4, 4), method="odconv")).endswith("\nODConv: 0 of 1 layers")
 
 
 def test_include_narrows_what_is_replaced():

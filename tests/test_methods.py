@@ -94,7 +94,7 @@ def test_grouped_layers_are_left_and_may_be_insisted_on():
             assert len(list(named_dynamic_layers(model))) == 2
             assert relative_error(model(x), net()(x)) < 1e-5
         else:
-            with pytest.raises(ValueError, match=f"can't be an? {METHODS[method].title} layer: groups=4"):
+            with pytest.raises(ValueError, match=f"{METHODS[method].title} has no layer for: groups=4"):
                 convert(net(), method, lambda name, module: True)
 
 

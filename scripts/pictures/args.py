@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-classes", type=int, help="outputs of the classifier, for --checkpoint")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     add("--convert", action="store_true", help="the model is a static one: convert it, then load the checkpoint")
-    add("--method", choices=tuple(METHODS), default="fdconv", help="what --convert converts to (default: %(default)s)")
+    add("--method", choices=tuple(METHODS), help="what --convert converts to (default: fdconv)")
     add(
         "--stir-gates",
         type=int,
@@ -57,8 +57,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("what to draw").add_argument
-    add("--layer", metavar="NAME", help="FDConv layer (default: the first with FBM, or else the first)")
-    add("--list-layers", action="store_true", help="print the names of the FDConv layers and stop")
+    add("--layer", metavar="NAME", help="dynamic layer (default: the first with FBM, or else the first)")
+    add("--list-layers", action="store_true", help="print the names of the dynamic layers and stop")
     add("--img-size", type=int, metavar="PIXELS", help="side of the image (default: the model's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     return parser.parse_args(argv)
@@ -80,6 +80,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no photo {missing[0]}")
     if args.checkpoint and not args.checkpoint.is_file():
         raise ValueError(f"there is no checkpoint {args.checkpoint}")
+    if args.method and not args.convert:
+        raise ValueError(f"--method {args.method} says what --convert converts to: give --convert, or leave it")
     if args.use_ema and not args.checkpoint:
         raise ValueError("--use-ema needs --checkpoint")
     if args.output.exists() and not args.output.is_dir():

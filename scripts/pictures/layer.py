@@ -23,12 +23,13 @@ def find_layer(layers: Mapping[str, Layer], name: str | None) -> str:
         ValueError: There is no layer of that name, or none at all; lists those there are.
     """
     if not layers:
-        raise ValueError("the model has no FDConv layers: take an FDConv model, or --convert a static one")
+        raise ValueError("the model has no dynamic layers: take a model that has them, or --convert a static one")
     if name is None:
         with_bands = (name for name, layer in layers.items() if getattr(layer, "fbm", None) is not None)
         return next(with_bands, next(iter(layers)))
     if name not in layers:
-        raise ValueError(f"no FDConv layer {name}, there are: {', '.join(layers)}")
+        method = next(iter(layers.values())).method
+        raise ValueError(f"no {method} layer {name}, there are: {', '.join(layers)}")
     return name
 
 

@@ -156,7 +156,12 @@ def test_mistakes_are_one_line(main, checkpoint, photo, tmp_path):
         (["--demo", "--device", "abacus"], "--device abacus"),
         (["--demo", "--img-size", "0"], "--img-size must be at least 1, got 0"),
         (["--model", "resnet50_fdcon", photo], "unknown model resnet50_fdcon, did you mean resnet50_fdconv"),
-        ([*static, photo], "the model has no FDConv layers: take an FDConv model, or --convert a static one"),
+        ([*static, photo], "the model has no dynamic layers: take a model that has them, or --convert a static one"),
+        ([*static, "--method", "odconv", photo], "--method odconv says what --convert converts to"),
+        (
+            [*static, "--convert", "--method", "odconv", "--layer", "conv", photo],
+            "no ODConv layer conv, there are: layer1.0.conv1,",
+        ),
         (["--model", STATIC, "--checkpoint", tmp_path / "none.pt", photo], "there is no checkpoint"),
         (
             ["--model", "resnet18_fdconv", "--checkpoint", checkpoint, photo],
