@@ -2,7 +2,7 @@
 
 from . import dynamic_convnext, dynamic_resnet, fdconv_convnext, fdconv_mobilenet, fdconv_resnet, fdconv_swin
 from .banks import drop_banks, keep_banks
-from .convert import (
+from .conversion import (
     convert,
     convert_official_state_dict,
     convert_static_state_dict,

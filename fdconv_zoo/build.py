@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .checkpoint import describe_misfits, fits
 from .choice import named_dynamic_layers
-from .convert import convert, move_static_weights
+from .conversion import convert, move_static_weights
 from .layers.options import describe_names
 from .pretrained import resolve_pretrained
 

@@ -22,7 +22,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .convert import filter_pretrained, init_static
+from .conversion import filter_pretrained, init_static
 from .default_cfgs import converted_cfgs
 from .methods import METHODS
 

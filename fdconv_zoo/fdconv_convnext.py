@@ -15,7 +15,7 @@ from timm.models.convnext import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .convert import filter_pretrained
+from .conversion import filter_pretrained
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
 from .methods import layer_options

@@ -12,7 +12,7 @@ from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .convert import filter_pretrained
+from .conversion import filter_pretrained
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
 from .methods import layer_options

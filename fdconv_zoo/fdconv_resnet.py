@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .convert import filter_pretrained, init_static
+from .conversion import filter_pretrained, init_static
 from .default_cfgs import converted_cfgs
 from .layers import FDConv2d
 from .methods import layer_options

@@ -17,7 +17,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as static_filter_f
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .convert import filter_pretrained, init_static
+from .conversion import filter_pretrained, init_static
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
 from .methods import layer_options

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .build import ConvertedModel
 from .choice import FDLayer, named_fd_layers
-from .convert import place
+from .conversion import place
 from .default_cfgs import SUFFIX, static_name
 from .handover import hand_over
 from .layers.fourier import matrix_to_weight

@@ -11,7 +11,7 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 import fdconv_zoo  # noqa: F401  (registers the models)
-from fdconv_zoo.convert import convert_official_state_dict
+from fdconv_zoo.conversion import convert_official_state_dict
 
 MASK_GRID = 64  # the official masks are made on a grid of this size, whatever the feature map
 EPILOG = """\

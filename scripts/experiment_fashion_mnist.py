@@ -22,7 +22,7 @@ from experiments.fashion_data import FILES, FOLDER, read_split
 from experiments.image_tensors import ImageTensors
 from experiments.runs import create_parser, experiment, parse_args
 from fdconv_zoo import FDConv2d, FDLinear, convert, convert_to_fdconv
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.layers.fourier import column_scale
 
 NUM_BANDS = 16

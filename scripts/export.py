@@ -21,7 +21,7 @@ from common.weights import read_checkpoint
 from exporting.args import FORMATS, check_args, parse_args
 from exporting.calibration import calibrate
 from fdconv_zoo import to_static
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from validation.datasets import open_dataset
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.layers import GroupNorm1
 from torch import nn
 
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.layers import fdw
 
 

@@ -20,7 +20,7 @@ from fdconv_zoo import (
     convert_to_fdconv,
     summary,
 )
-from fdconv_zoo.convert import init_static, named_fd_layers
+from fdconv_zoo.conversion import init_static, named_fd_layers
 from tests.compare import randomise, randomise_norms, relative_error
 from tests.small_net import Net, images, small_resnet
 

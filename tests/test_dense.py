@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import fdconv_zoo
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.dense import FeaturePyramid, build_transformers_head, load_transformers_head
 from fdconv_zoo.layers import KSM, ksm
 from tests.compare import relative_error

@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from fdconv_zoo import convert_to_fdconv, modulation_parameters
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from tests.compare import randomise_norms, relative_error
 
 TIMM = {

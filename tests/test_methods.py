@@ -9,7 +9,7 @@ from torch import nn
 import fdconv_zoo
 from fdconv_zoo import convert, convert_official_state_dict, convert_static_state_dict
 from fdconv_zoo.choice import named_dynamic_layers
-from fdconv_zoo.convert import init_static
+from fdconv_zoo.conversion import init_static
 from fdconv_zoo.cost import count_parameters
 from fdconv_zoo.default_cfgs import is_zoo_model
 from fdconv_zoo.layers.dynamic import KWConv2d

@@ -11,7 +11,7 @@ from timm.models.repvit import RepVit
 from timm.utils import reparameterize_model
 
 from fdconv_zoo import convert_to_fdconv
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from tests.compare import randomise_norms, relative_error
 
 

@@ -12,7 +12,7 @@ from fdconv_zoo import (
     convert_static_state_dict,
     convert_to_fdconv,
 )
-from fdconv_zoo.convert import filter_pretrained, named_fd_layers
+from fdconv_zoo.conversion import filter_pretrained, named_fd_layers
 from fdconv_zoo.layers.ops import literal
 from tests.compare import randomise, relative_error
 from tests.small_net import Net, images, net, small_resnet

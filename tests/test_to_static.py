@@ -15,7 +15,7 @@ from fdconv_zoo import (
     convert_to_fdconv,
     to_static,
 )
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from tests.compare import randomise, randomise_norms, relative_error
 from tests.models.stirring import stir
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.gates import move_gates, open_branches
 from common.models import expand_names
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv, static_name
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.default_cfgs import is_zoo_model
 from fdconv_zoo.layers.ops import literal
 

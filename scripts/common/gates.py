@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 
 GATE_STD = 0.02
 BRANCH_SCALE = 0.2

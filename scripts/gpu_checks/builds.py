@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.gates import move_gates, open_branches
 from fdconv_zoo import keep_banks, static_name
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 
 
 class Spec(NamedTuple):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdconv_zoo import FDLinear
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.layers import FDW
 from gpu_checks.builds import fdconv_model, specs
 from gpu_checks.clock import median_seconds

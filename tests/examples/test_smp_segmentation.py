@@ -6,7 +6,7 @@ import torch
 from smp_segmentation import CLASSES, HEADS, main
 from timm.layers import freeze_batch_norm_2d
 
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from tests.dense_models import MODELS, NARROW
 from tests.models.stirring import stir
 

@@ -11,7 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.checkpoint import describe_misfits
-from fdconv_zoo.convert import convert_static_state_dict
+from fdconv_zoo.conversion import convert_static_state_dict
 from fdconv_zoo.layers.fourier import to_spectrum, weight_to_matrix
 from tests.compare import randomise, randomise_norms, relative_error
 

@@ -20,7 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import fdconv_zoo
 from fdconv_zoo.choice import named_dynamic_layers
-from fdconv_zoo.convert import init_static
+from fdconv_zoo.conversion import init_static
 from tests.compare import randomise_norms, relative_error
 from tests.models.stirring import stir
 

@@ -15,7 +15,7 @@ from benchmark_pairs import tiny_pair
 
 from benchmarking import measure as measuring
 from benchmarking import timing
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 MODEL = "mobilenetv2_100_fdconv"

@@ -11,7 +11,7 @@ from torchvision.io import decode_image
 from common.wheels import wheel_file
 from experiment_landcover import create_model, main
 from experiments.landcover_data import GROUPS, VALIDATION, LandCoverTiles, cut_tiles, read_map, strip_of
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 
 ROWS, COLUMNS = 400, 900  # one period of strips; rows 300 to 396 hold one row of tiles of 96
 

@@ -5,7 +5,7 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.layers.ops.types import Gates
 
 

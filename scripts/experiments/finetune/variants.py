@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from common.optim import classifier_names
 from fdconv_zoo import convert_to_fdconv, summary
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.layers.fourier import from_spectrum, matrix_to_weight, to_spectrum, weight_to_matrix
 
 CALIBRATION_BATCHES = 16

@@ -8,7 +8,7 @@ from torch import nn
 import fdconv_zoo
 from benchmarking import models
 from common.gates import move_gates
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from tests.compare import relative_error
 
 MODEL = "mobilenetv2_100_fdconv"

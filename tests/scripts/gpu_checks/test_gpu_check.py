@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 from gpu_checks import builds, commands, shapes, speed
 from gpu_checks.parts import PARTS, Part
 from gpu_checks.runner import Runner

@@ -6,7 +6,7 @@ from torch import nn
 from experiments.finetune.landcover import LandCover
 from experiments.finetune.tasks import create_classifier, load_trunk
 from experiments.finetune.variants import make_variant
-from fdconv_zoo.convert import named_fd_layers
+from fdconv_zoo.conversion import named_fd_layers
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
