@@ -1,4 +1,6 @@
+import pkgutil
 import re
+import types
 from copy import deepcopy
 from functools import partial
 
@@ -478,3 +480,8 @@ def test_a_model_built_on_the_meta_device_gets_its_buffers_back(make):
 def test_the_public_names():
     for name in fdconv_zoo.__all__:
         assert hasattr(fdconv_zoo, name)
+
+
+def test_no_name_of_the_package_hides_one_of_its_modules():
+    for module in pkgutil.iter_modules(fdconv_zoo.__path__):
+        assert isinstance(getattr(fdconv_zoo, module.name, pkgutil), types.ModuleType), module.name
