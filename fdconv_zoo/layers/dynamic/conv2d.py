@@ -8,6 +8,7 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..base import DynamicConvolution
+from ..layout import is_channels_last, to_channels_last
 from ..ops import leaf, mixed_conv2d
 from ..ops.types import Geometry
 from ..padding import explicit_pads
@@ -91,8 +92,7 @@ class DynamicConv2d(DynamicConvolution):
                     f"input of shape {list(x.shape)} and dtype {x.dtype}, but {type(self).__name__} takes "
                     f"(B, {self.in_channels}, H, W) of floating-point numbers"
                 )
-            # By strides and axes: vmap lets nobody ask for the memory format.
-            channels_last = x.stride(1) == 1 and not x.is_contiguous()
+            channels_last = is_channels_last(x)
             device = x.device.type
             if device == "meta" or not torch.is_autocast_enabled(device):
                 out = self._compute(x)
@@ -100,7 +100,7 @@ class DynamicConv2d(DynamicConvolution):
                 dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
                 with torch.autocast(device, enabled=False):
                     out = self._compute(x.to(dtype))
-            return out.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else out
+            return to_channels_last(out) if channels_last else out
 
     def _geometry(self) -> Geometry:
         return Geometry(self.kernel_size, self.stride, self.pads, self.dilation)

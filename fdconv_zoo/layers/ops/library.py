@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..fourier import GainMap
+from ..layout import is_channels_last
 from . import traced, transforms, triton
 from .eager import bands, conv, limits
 from .eager.weight import Made
@@ -386,11 +387,6 @@ def bands_backward_on_gpu(
         grad, x, weight, bias, cutoffs, need_x, channels_last=is_channels_last(x)
     )
     return [*of_x, grad_weight.contiguous(), grad_bias.contiguous()]
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a map (B, C, H, W) is in channels_last and not, being small, in the contiguous format too."""
-    return x.stride(1) == 1 and not x.is_contiguous()
 
 
 def bands_fake(
