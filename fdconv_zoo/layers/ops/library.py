@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(tuple(self.kernel_size), tuple(self.stride), tuple(self.padding), tuple(self.dilation))
+        return Geometry.of(self.kernel_size, self.stride, self.padding, self.dilation)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -100,6 +100,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def pad_alike(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """The map and a geometry that pads both sides alike, which is all that grouped convolutions do."""
+    left, right, top, bottom = geometry.padding
+    if left == right and top == bottom:
+        return x, geometry
+    return F.pad(x, geometry.padding), geometry._replace(padding=(0, 0, 0, 0))
+
+
 # The convolution
 
 
@@ -107,12 +115,9 @@ def dynamic_conv2d(
     inputs: Inputs, geometry: Geometry, bias: Tensor | None, channels_last: bool, recompute: bool, fused: bool
 ) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` by its operator."""
-    left, right, top, bottom = geometry.padding
-    if left != right or top != bottom:
-        # Grouped convolutions pad both sides alike.
-        inputs = inputs._replace(x=F.pad(inputs.x, geometry.padding))
-        geometry = geometry._replace(padding=(0, 0, 0, 0))
-    x, gates, spectrum = inputs
+    x, geometry = pad_alike(inputs.x, geometry)
+    inputs = inputs._replace(x=x)
+    gates, spectrum = inputs.gates, inputs.spectrum
     if x.numel() == 0:
         # Nothing to convolve, but still a function of the input and the weight, as nn.Conv2d's output is.
         size = (max(side, 0) for side in geometry.output_size(x.shape[2], x.shape[3]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import traced, transforms
 from .eager import limits
-from .library import without_autocast
+from .library import pad_alike, without_autocast
 from .types import Geometry, Limits
 
 CALL = (
@@ -77,9 +77,7 @@ def plain(mixture: Mixture, shape: list[int], geometry: Geometry, groups: int) -
 def mixed_conv2d(mixture: Mixture, shape: list[int], geometry: Geometry, groups: int) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.mixed_conv2d` by its operator."""
     x, attention, cells, positions = mixture
-    left, right, top, bottom = geometry.padding
-    if left != right or top != bottom:
-        x, geometry = F.pad(x, geometry.padding), geometry._replace(padding=(0, 0, 0, 0))
+    x, geometry = pad_alike(x, geometry)
     if x.numel() == 0:
         size = (max(side, 0) for side in geometry.output_size(x.shape[2], x.shape[3]))
         # Still a function of its inputs, as nn.Conv2d's output is.
@@ -166,7 +164,7 @@ def kernel(
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """The operator by PyTorch's operations."""
-    geometry = Geometry(tuple(shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+    geometry = Geometry.of(shape[2:], stride, padding, dilation)
     size = geometry.checked_output_size(x.shape[2], x.shape[3])
     output = x.new_empty(len(x), shape[0], *size)
     for part, mixture in chunks(Mixture(x.contiguous(), attention, cells, positions), shape, device_limits.chunk):
@@ -179,7 +177,7 @@ def backward_kernel(
     shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, need_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the input if it is needed, of attention and cells, and of the positions' gate if there is one."""
-    geometry = Geometry(tuple(shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+    geometry = Geometry.of(shape[2:], stride, padding, dilation)
     grad, x, count = grad.contiguous(), x.contiguous(), len(cells)
     grad_x = torch.empty_like(x) if need_x else None
     # Half precision would lose what each chunk adds.
@@ -228,7 +226,7 @@ def fake(
     padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """Empty tensor in the shape of the output."""
-    geometry = Geometry(tuple(shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+    geometry = Geometry.of(shape[2:], stride, padding, dilation)
     return x.new_empty(x.shape[0], shape[0], *geometry.checked_output_size(x.shape[2], x.shape[3]))
 
 
@@ -259,7 +257,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             )
             grads = grads if need_x else [None, *grads]
             return *grads, *[None] * (9 - len(grads))
-        geometry = Geometry(tuple(shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+        geometry = Geometry.of(shape[2:], stride, padding, dilation)
 
         def function(*tensors: Tensor) -> Tensor:
             return plain(Mixture(*tensors, *([None] if positions is None else [])), list(shape), geometry, groups)

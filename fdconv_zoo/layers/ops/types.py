@@ -4,6 +4,7 @@ Handed over whole, so that a new input has one place. Named tuples pass through 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -93,6 +94,13 @@ class Geometry(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> "Geometry":
+        """From lists, which are what an operator is handed."""
+        return cls(*map(tuple, (kernel_size, stride, padding, dilation)))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output of a map; below 1 where the padded map is smaller than the kernel."""

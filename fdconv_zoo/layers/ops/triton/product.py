@@ -224,7 +224,7 @@ def convolve_fake(
     dilation: list[int], channels_last: bool,
 ) -> Tensor:  # fmt: skip
     """Empty tensor in the shape of the result of :func:`convolve`."""
-    geometry = Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+    geometry = Geometry.of(kernel_size, stride, padding, dilation)
     size = geometry.checked_output_size(x.shape[2], x.shape[3])
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((len(x), weight.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=layout)
@@ -243,7 +243,7 @@ def convolve(
         Output (B, Cout, Hout, Wout).
     """
     geometry = kernel_size, stride, padding, dilation
-    if channels_last and are_rows(Geometry(*map(tuple, geometry)), x):
+    if channels_last and are_rows(Geometry.of(*geometry), x):
         rows = torch.bmm(rows_of(x), weight.squeeze(2).mT)
         out = rows.unflatten(1, x.shape[2:]).movedim(-1, 1)
         return out if bias is None else out.add_(bias.to(out.dtype)[:, None, None])
@@ -274,7 +274,7 @@ def grad_input(
 ) -> Tensor:  # fmt: skip
     """Gradient of the map x, which gives the shape alone, of :func:`convolve`, given that of its output."""
     geometry = kernel_size, stride, padding, dilation
-    if channels_last and are_rows(Geometry(*map(tuple, geometry)), grad):
+    if channels_last and are_rows(Geometry.of(*geometry), grad):
         return torch.bmm(rows_of(grad), weight.squeeze(2)).unflatten(1, x.shape[2:]).movedim(-1, 1)
     out = grad_input_fake(grad, weight, x, *geometry, channels_last)
     (batch, num_channels, height, width), num_filters = x.shape, weight.shape[1]
@@ -300,7 +300,7 @@ def grad_weight(
 ) -> Tensor:
     """Gradient of the weights of :func:`convolve`, given that of its output."""
     geometry = kernel_size, stride, padding, dilation
-    if are_rows(Geometry(*map(tuple, geometry)), x, grad):
+    if are_rows(Geometry.of(*geometry), x, grad):
         return torch.bmm(rows_of(grad).mT, rows_of(x)).unsqueeze(2)
     out = grad_weight_fake(grad, x, *geometry)
     (_, num_channels, height, width), (_, num_filters, out_height, out_width) = x.shape, grad.shape
