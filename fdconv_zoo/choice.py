@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .handover import kept_reason
 from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from .layers.base import DynamicLayer
 from .methods import METHODS, Method
@@ -139,8 +140,8 @@ def impossible_reason(layer: nn.Module, method: Method) -> str:
         if type(layer) in METHODS["fdconv"].counterparts:
             return f"nn.{type(layer).__name__}: {method.title} has none"
         return f"a subclass ({type(layer).__name__}) that computes something else"
-    if layer._state_dict_hooks or layer._load_state_dict_pre_hooks:
-        return "it has hooks on its state dict"
+    if kept := kept_reason(layer):
+        return kept
     if getattr(layer, "groups", 1) > 1 and not method.groups:
         return f"groups={layer.groups}"
     if getattr(layer, "padding_mode", "zeros") != "zeros":

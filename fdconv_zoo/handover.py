@@ -1,9 +1,14 @@
-"""What else refers to a layer goes over to its replacement: hooks, shared parameters, lists that hold it."""
+"""What else refers to a layer goes over to its replacement: hooks, shared parameters, containers that hold it."""
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from .layers.base import DynamicLayer
 
 # Registered hooks of nn.Module; the dictionaries themselves go over, so that handles still remove theirs.
 HOOKS = (
@@ -17,6 +22,27 @@ HOOKS = (
     "_is_full_backward_hook",
 )
 OWN = {"_parameters", "_buffers", "_modules", *HOOKS}
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def kept_reason(layer: nn.Module) -> str:
+    """Why a layer can't be replaced without a loss of what others did to it, or an empty string."""
+    if any(getattr(layer, hooks) for hooks in STATE_HOOKS):
+        return "it has hooks on its state dict"
+    for key, parameter in layer._parameters.items():
+        if any(getattr(parameter, hooks, None) for hooks in GRADIENT_HOOKS):
+            return f"its {key} has hooks on its gradient"
+    if "forward" in vars(layer):
+        return "its forward has been replaced by another one (accelerate's hooks, for example)"
+    names = [*layer._parameters, *layer._buffers, *layer._modules]
+    extra = [name for name in names if name not in ("weight", "bias")]
+    return f"it has been given {', '.join(extra)}, which its replacement would lack" if extra else ""
 
 
 def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -33,6 +59,14 @@ def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((name, module, key))
     shared = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in OWN:
+                for part in _parts(value):
+                    for _, holder, key in holders.get(id(part), []):
+                        if holder in layers:
+                            place = f"{name}.{attribute}" if name else attribute
+                            shared[holder] = f"its {key} is also in {place}, which would go on with the static one"
     for held in holders.values():
         for _, module, key in held:
             for other_name, other, other_key in held:
@@ -59,7 +93,7 @@ def tie(replaced: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Gives replacements what the layers before them had: hooks, places in lists.
+    """Gives replacements what the layers before them had: hooks, attributes of others, places in containers.
 
     Args:
         model: The model, in which the layers are still in place.
@@ -69,12 +103,21 @@ def hand_over(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None
         for hooks in HOOKS:
             if hasattr(old, hooks):
                 setattr(new, hooks, getattr(old, hooks))
+        if not isinstance(old, DynamicLayer):
+            for key in vars(old).keys() - vars(new).keys() - _usual_attributes(type(old)):
+                setattr(new, key, _swap(vars(old)[key], replaced))
     for module in model.modules():
         for key, value in vars(module).items():
             if key not in OWN:
                 new = _swap(value, replaced)
                 if new is not value:
                     module.__dict__[key] = new
+
+
+@cache
+def _usual_attributes(kind: type[nn.Module]) -> frozenset[str]:
+    """Attributes of each static layer of a kind, and of one that was compiled, which would call the old layer."""
+    return frozenset([*vars(kind(1, 1, 1, device="meta")), "_compiled_call_impl"])
 
 
 def _refuse_untied(replaced: Mapping[nn.Module, nn.Module]) -> None:
@@ -89,15 +132,40 @@ def _refuse_untied(replaced: Mapping[nn.Module, nn.Module]) -> None:
                 seen.add(id(parameter))
 
 
+def _parts(value: Any) -> Iterator[Any]:
+    """What plain containers hold, at any depth; anything else as it is."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    elif isinstance(value, partial):
+        value = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        value = [value.__self__]
+    if isinstance(value, list | deque | tuple | set | frozenset):
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield value
+
+
 def _swap(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
-    """A value with layers replaced, also in lists and dictionaries, which are changed in place."""
+    """A value with layers replaced, also in containers, which are changed in place where they can be."""
+    if not any(isinstance(part, nn.Module) and part in replaced for part in _parts(value)):
+        return value
     if isinstance(value, nn.Module):
-        return replaced.get(value, value)
-    if type(value) is list:
-        value[:] = [_swap(item, replaced) for item in value]
-    elif type(value) is dict:
-        value.update({key: _swap(item, replaced) for key, item in value.items()})
-    elif type(value) is tuple:
-        items = tuple(_swap(item, replaced) for item in value)
-        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
-    return value
+        return replaced[value]
+    if isinstance(value, MethodType):
+        return getattr(replaced[value.__self__], value.__name__)
+    if isinstance(value, partial):
+        swapped = {key: _swap(item, replaced) for key, item in value.keywords.items()}
+        return partial(_swap(value.func, replaced), *(_swap(item, replaced) for item in value.args), **swapped)
+    if isinstance(value, dict):
+        items = [(_swap(key, replaced), _swap(item, replaced)) for key, item in value.items()]
+        value.clear()
+        value.update(items)
+        return value
+    items = [_swap(item, replaced) for item in value]
+    if isinstance(value, list | deque | set):
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(items)
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -1,6 +1,8 @@
 """Hooks, shared parameters and lists go over to the replacement; computed weights stay static."""
 
 import copy
+from collections import OrderedDict, deque, namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -141,7 +143,75 @@ def test_layers_in_plain_containers_are_replaced_there_too():
     assert relative_error(model(x), expected) > 0.1
 
 
-def test_hooks_on_a_state_dict_keep_a_layer_static():
+Pair = namedtuple("Pair", ["layer", "number"])
+CONTAINERS = {
+    "OrderedDict": (lambda layer: OrderedDict(a=layer), lambda held: held["a"]),
+    "keys": (lambda layer: {layer: 1}, lambda held: next(iter(held))),
+    "deque": (lambda layer: deque([layer], maxlen=2), lambda held: held[0]),
+    "set": (lambda layer: {layer}, lambda held: next(iter(held))),
+    "named tuple": (lambda layer: Pair([layer], 1), lambda held: held.layer[0]),
+    "partial": (lambda layer: partial(map, layer), lambda held: held.args[0]),
+    "method": (lambda layer: layer.forward, lambda held: held.__self__),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_layers_in_other_containers_are_replaced_there_too(container):
+    model, (hold, first) = nn.Sequential(conv(), conv()), CONTAINERS[container]
+    model.held = hold(model[0])
+    kind = type(model.held)
+    convert_to_fdconv(model, num_bands=8)
+    assert type(model.held) is kind
+    assert first(model.held) is model[0]
+    assert getattr(model.held, "maxlen", 2) == 2
+
+
+def test_a_parameter_in_a_plain_container_is_refused_by_name():
+    model = nn.Sequential(nn.Sequential(conv(), conv()))
+    model[0].penalised = {"weights": [model[0][1].weight]}
+    with pytest.raises(ValueError, match=r"0.1: its weight is also in 0.penalised, .*; leave it with include"):
+        convert_to_fdconv(model, num_bands=8)
+    convert_to_fdconv(model, include="0.0", num_bands=8)
+    assert [name for name, _ in named_fd_layers(model)] == ["0.0"]
+
+
+def test_attributes_of_a_layer_and_of_its_parameters_go_over():
     model = nn.Sequential(conv(), conv())
-    model[0].register_state_dict_post_hook(lambda *args: None)
-    assert [report.reason for report in summary(model)] == ["it has hooks on its state dict", ""]
+    model[0].index, model[0].weight.no_decay, model[0].bias.no_decay = 3, True, False
+    convert_to_fdconv(model, num_bands=8)
+    assert (model[0].index, model[0].fdw.spectrum.no_decay, model[0].bias.no_decay) == (3, True, False)
+    assert not hasattr(model[1], "index")
+    assert not hasattr(model[0], "transposed")
+
+
+def replace_forward(layer):
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+
+
+KEEPING = {
+    "state dict": (lambda layer: layer.register_state_dict_post_hook(lambda *args: None), "hooks on its state dict"),
+    "before a state dict": (lambda layer: layer.register_state_dict_pre_hook(lambda *args: None), "hooks on its state"),
+    "loading": (lambda layer: layer.register_load_state_dict_pre_hook(lambda *args: None), "hooks on its state dict"),
+    "loaded": (lambda layer: layer.register_load_state_dict_post_hook(lambda *args: None), "hooks on its state dict"),
+    "gradient": (lambda layer: layer.weight.register_hook(lambda grad: 0 * grad), "its weight has hooks on its grad"),
+    "accumulated": (
+        lambda layer: layer.bias.register_post_accumulate_grad_hook(lambda bias: None), "its bias has hooks on its grad"
+    ),
+    "forward": (replace_forward, "its forward has been replaced"),
+    "buffer": (lambda layer: layer.register_buffer("mask", torch.ones(3)), "given mask"),
+    "adapter": (lambda layer: layer.add_module("adapter", nn.Identity()), "given adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_what_would_be_lost_keeps_a_layer_static(kind):
+    model, (change, reason) = nn.Sequential(conv(), conv()), KEEPING[kind]
+    change(model[0])
+    found = [report.reason for report in summary(model)]
+    assert reason in found[0]
+    assert not found[1]
+    x = torch.randn(2, 20, 5, 5)
+    expected = model(x)
+    assert relative_error(convert_to_fdconv(model, num_bands=8)(x), expected) < 1e-5
+    assert [name for name, _ in named_fd_layers(model)] == ["1"]

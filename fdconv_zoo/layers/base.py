@@ -124,6 +124,9 @@ class DynamicLayer(nn.Module):
         for name, parameter in self.named_parameters():
             if name in holders:
                 parameter.requires_grad_(holders[name].requires_grad)
+                # Such as what says to an optimiser that a parameter does not decay.
+                marks = {key: mark for key, mark in vars(holders[name]).items() if not isinstance(mark, Tensor)}
+                vars(parameter).update(marks)
 
     @torch.no_grad()
     def _copy_static_to(self, twin: nn.Module) -> Any:
