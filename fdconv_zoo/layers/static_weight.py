@@ -7,7 +7,7 @@ without a word. A :class:`StaticWeight` can tell the two apart.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ class StaticWeight(Tensor):
         layer: The FDConv layer.
         made: What was computed from the static weight, or None for the weight itself.
         scale: Factor of each filter (Cout,) by which `made` differs from the weight; None if it differs otherwise.
-        alias: Whether torch would write to the weight when it writes to `made`.
+        alias: Whether what is written to `made` is written to the weight, as torch would.
+        viewed: The numbers of the whole weight that `made` is a part of, or in another order: it can't be written to.
 
     Raises:
         RuntimeError: On anything else; it says what to call instead.
@@ -58,6 +59,7 @@ class StaticWeight(Tensor):
         made: Tensor | None = None,
         scale: Tensor | None = None,
         alias: bool = True,
+        viewed: Tensor | None = None,
     ) -> "StaticWeight":
         like, shape = (layer.fdw.spectrum, layer.static_shape) if made is None else (made, made.shape)
         return Tensor._make_wrapper_subclass(
@@ -65,12 +67,18 @@ class StaticWeight(Tensor):
         )
 
     def __init__(
-        self, layer: nn.Module, made: Tensor | None = None, scale: Tensor | None = None, alias: bool = True
+        self,
+        layer: nn.Module,
+        made: Tensor | None = None,
+        scale: Tensor | None = None,
+        alias: bool = True,
+        viewed: Tensor | None = None,
     ) -> None:
         self.layer = layer
         self.made = made
         self.scale = scale
         self.alias = alias
+        self.viewed = viewed
 
     @classmethod
     def __torch_function__(
@@ -93,15 +101,22 @@ class StaticWeight(Tensor):
         scale = weight._scaled(name, args, others[0]) if len(others) == 1 else None
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             return weight._write(func, args, kwargs, scale, bool(others))
-        args, kwargs = tree_map(lambda leaf: leaf._values() if isinstance(leaf, cls) else leaf, (args, kwargs))
+        if isinstance(kwargs.get("out"), cls):
+            raise weight._refusal(f"{name} with out=")
+        values = weight._values()
+        args, kwargs = tree_map(
+            lambda leaf: values if leaf is weight else leaf._values() if isinstance(leaf, cls) else leaf, (args, kwargs)
+        )
         result = func(*args, **kwargs)
+        if hasattr(result, "setflags"):  # numpy's array, of a copy
+            result.setflags(write=False)
         if scale is not None:
             return cls(weight.layer, result, scale, alias=False)
         if name.endswith("_like") or name.startswith("new_"):
             return result
         if others and any(_is_real(leaf) for leaf in tree_leaves(result)):
             raise weight._refusal(name)
-        return tree_map(lambda leaf: weight._keep(name, leaf), result)
+        return tree_map(lambda leaf: weight._keep(name, leaf, values), result)
 
     @classmethod
     def __torch_dispatch__(
@@ -122,12 +137,19 @@ class StaticWeight(Tensor):
         """The numbers, an ordinary tensor."""
         return self.layer.static_weight() if self.made is None else self.made
 
-    def _keep(self, name: str, leaf: Any) -> Any:
+    def _keep(self, name: str, leaf: Any, values: Tensor) -> Any:
         """What a function of the weight alone returns: as it is where it is no weight any more."""
-        if not _is_real(leaf) or (leaf.dim() <= 1 and leaf.numel() < self.numel()):
+        if not _is_real(leaf):
             return leaf
+        viewed = self.viewed
+        if viewed is None and self.alias and name not in _ALIASES and _shares_memory(leaf, values):
+            viewed = values
+        if leaf.dim() <= 1 and leaf.numel() < self.numel():
+            # Numbers to look at, which may meet any other tensor.
+            return leaf if viewed is None or not _shares_memory(leaf, viewed) else leaf.as_subclass(StaticPart)
         same = name in _SAME and len(leaf) == self.layer.static_shape[0] and leaf.numel() == self.numel()
-        return StaticWeight(self.layer, leaf, self._scale_so_far() if same else None, self.alias and name in _ALIASES)
+        scale = self._scale_so_far() if same and viewed is None else None
+        return StaticWeight(self.layer, leaf, scale, self.alias and name in _ALIASES and viewed is None, viewed)
 
     def _scale_so_far(self) -> Tensor | None:
         if self.made is not None:
@@ -164,6 +186,8 @@ class StaticWeight(Tensor):
         """Scales filters, or fills the weight with numbers (torch.nn.init)."""
         if (args[0] if args else next(iter(kwargs.values()))) is not self or (has_others and scale is None):
             raise self._refusal(_name(func)[0])
+        if self.viewed is not None and _shares_memory(self.made, self.viewed):
+            raise self._refusal(f"{_name(func)[0]} on a part or a reordered view, which would be lost,")
         made = self._values().detach().clone()
         args, kwargs = tree_map(lambda leaf: made if leaf is self else leaf, (args, kwargs))
         func(*args, **kwargs)
@@ -190,25 +214,53 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-class StaticGradient(Tensor):
-    """The gradient with respect to a static weight, computed from the spectrum's: to look at, not to clip or to zero.
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # torch.func's tensors have no storage
+        return False
 
-    Raises:
-        RuntimeError: Where it is written to.
-    """
+
+class _ToLookAt(Tensor):
+    """Numbers computed for a reader, who can't write to what they were computed from."""
+
+    _refusal: ClassVar[str]
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, is_setter = _name(func)
-        if is_setter or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            raise RuntimeError(
-                f"{name} on the gradient of a static weight, which is computed from layer.fdw.spectrum.grad: "
-                "write to that, as the optimiser of model.parameters() does"
-            )
+        writes = is_setter or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if writes and (not args or isinstance(args[0], _ToLookAt)):
+            raise RuntimeError(f"{name} on {cls._refusal}")
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+class StaticPart(_ToLookAt):
+    """A few numbers of a static weight.
+
+    Raises:
+        RuntimeError: Where it is written to.
+    """
+
+    _refusal = (
+        "a few numbers of a static weight, which are computed and would be lost: layer.set_static(weight, bias) sets it"
+    )
+
+
+class StaticGradient(_ToLookAt):
+    """The gradient with respect to a static weight, computed from the spectrum's: to look at, not to clip or to zero.
+
+    Raises:
+        RuntimeError: Where it is written to.
+    """
+
+    _refusal = (
+        "the gradient of a static weight, which is computed from layer.fdw.spectrum.grad: write to that, as the "
+        "optimiser of model.parameters() does"
+    )
 
 
 class HasStaticWeight(nn.Module):

@@ -309,6 +309,55 @@ WRONG = {
 }
 
 
+# What torch would write through to the weight; here it would be lost.
+LOST = {
+    "filter": lambda layer: layer.weight[0].zero_(),
+    "filters in turn": lambda layer: [nn.init.zeros_(one) for one in layer.weight.data],
+    "input channel": lambda layer: layer.weight[:, 0].mul_(2),
+    "item of a part": lambda layer: layer.weight[0].__setitem__(0, 1.0),
+    "part of a part": lambda layer: layer.weight.chunk(2)[0].detach()[0].view(-1).zero_(),
+    "reordered": lambda layer: layer.weight.transpose(0, 1).zero_(),
+    "position": lambda layer: layer.weight[0, 0, 1, 1].fill_(1),
+    "row of a matrix": lambda layer: layer.weight.flatten(1)[0].zero_(),
+    "initialised in part": lambda layer: nn.init.constant_(layer.weight[:4], 0.0),
+    "output": lambda layer: torch.zeros(24, 20, 3, 3, out=layer.weight),
+}
+
+
+@pytest.mark.parametrize("write", LOST.values(), ids=LOST.keys())
+def test_what_would_be_written_nowhere_is_refused(write):
+    layer = randomise(LAYERS["3x3"]())
+    state = copy.deepcopy(layer.state_dict())
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"set_static\(weight, bias\)"):
+        write(layer)
+    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+
+
+def test_numbers_to_look_at_are_numbers(layer):
+    weight, static = layer.weight, layer.static_weight()
+    corner = (0,) * (weight.dim() - 1)
+    assert torch.equal(weight[corner] + torch.ones(static.shape[-1]), static[corner] + 1)
+    weight.flatten()[:5].pow(2).sum().backward()
+    assert layer.fdw.spectrum.grad.norm() > 0
+    array = weight.detach().numpy()
+    assert torch.equal(torch.tensor(array), static)
+    with pytest.raises(ValueError, match="read-only"):
+        array[:] = 0
+    copied = weight[0].clone()
+    assert not copied.zero_().any()
+
+
+def test_a_penalty_under_torch_func(layer):
+    parameters = dict(layer.named_parameters())
+
+    def penalty(parameters):
+        with torch.nn.utils.stateless._reparametrize_module(layer, parameters):
+            return layer.weight.abs().pow(3).sum()
+
+    (expected,) = torch.autograd.grad(layer.static_weight().abs().pow(3).sum(), [layer.fdw.spectrum])
+    assert relative_error(torch.func.grad(penalty)(parameters)["fdw.spectrum"], expected) < 1e-6
+
+
 @pytest.mark.parametrize("use", WRONG.values(), ids=WRONG.keys())
 def test_what_would_drop_fdconv_is_refused(use):
     layer = randomise(LAYERS["3x3"]())
