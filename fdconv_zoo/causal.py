@@ -3,6 +3,7 @@
 import ast
 import re
 import textwrap
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 from .sources import forward_source, read_source
 
 CAUSAL_NAME = re.compile("causal|chomp", re.IGNORECASE)
+LIBRARIES = {"torch", "torchvision", "timm", "transformers", "diffusers"}
+# What makes a triangular mask, and what is worth a look whether it does.
+MASK_MAKER = re.compile(r"^(triu|tril)_?$|square_subsequent_mask")
+MASKING = re.compile(r"triu|tril|square_subsequent_mask|causal|scaled_dot_product_attention")
+# A loss, say, may take the upper triangle of a matrix for other reasons.
+ATTENDING = re.compile(r"softmax|mask|attn|attention", re.IGNORECASE)
+PADDINGS = (
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+)
 MASK_NAME = re.compile(r"^(?!.*(padding|memory)).*(mask|causal|triu|tril)", re.IGNORECASE)
 
 
@@ -25,13 +37,68 @@ def _is_causal_mask(mask: Tensor) -> bool:
 
 
 def asks_for_causal(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward asks for causal attention, by its source."""
-    source = forward_source(kind) or ""
-    return "is_causal=True" in source.replace(kind.forward.__doc__ or "", "")
+    """Whether a class makes causal masks or asks for causal attention, by its source."""
+    asked = "is_causal=True" in (forward_source(kind) or "").replace(kind.forward.__doc__ or "", "")
+    return asked or any(map(_makes_masks, filter(_is_own, kind.__mro__)))
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is of no library that says by attributes or arguments what is causal."""
+    return issubclass(kind, nn.Module) and kind.__module__.partition(".")[0] not in LIBRARIES
+
+
+def _makes_masks(kind: type[nn.Module]) -> bool:
+    source = read_source(kind) or ""
+    if not (MASKING.search(source) and ATTENDING.search(source)):
+        return False
+    return any(isinstance(node, ast.Call) and _asks(node) for node in _nodes(source))
+
+
+def _nodes(source: str) -> Iterator[ast.AST]:
+    """What a source is made of; nothing where it is a part of an expression."""
+    try:
+        yield from ast.walk(ast.parse(textwrap.dedent(source)))
+    except SyntaxError:
+        return
+
+
+def _name_of(call: ast.Call) -> str:
+    return getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+
+
+def _asks(call: ast.Call) -> bool:
+    name = _name_of(call)
+    if MASK_MAKER.search(name):
+        return True
+    asking = [keyword.value for keyword in call.keywords if keyword.arg in ("is_causal", "causal")]
+    if name == "scaled_dot_product_attention":
+        asking += call.args[5:6]
+    return any(isinstance(value, ast.Constant) and value.value is True for value in asking)
+
+
+def _pads_before(module: nn.Module) -> bool:
+    """Whether a sequence is padded before its first token alone, or cut after the last, around convolutions."""
+    if isinstance(module, PADDINGS):
+        return len(module.padding) == 2 and module.padding[0] > 0 and module.padding[1] == 0
+    if not any(isinstance(child, nn.Conv1d) for child in module.children()):
+        return False
+    return any(map(_pads_or_cuts, _nodes(forward_source(type(module)) or "")))
+
+
+def _pads_or_cuts(node: ast.AST) -> bool:
+    """Whether something is pad(x, (before, 0)) or x[..., :-before], whatever `before` is."""
+    if isinstance(node, ast.Subscript):
+        last = node.slice.elts[-1] if isinstance(node.slice, ast.Tuple) and node.slice.elts else None
+        return isinstance(last, ast.Slice) and last.lower is None and isinstance(last.upper, ast.UnaryOp)
+    if not (isinstance(node, ast.Call) and _name_of(node) == "pad"):
+        return False
+    sides = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "pad")]
+    pads = sides[0].elts if sides and isinstance(sides[0], ast.Tuple | ast.List) else []
+    return len(pads) == 2 and [isinstance(pad, ast.Constant) and pad.value == 0 for pad in pads] == [False, True]
 
 
 def is_causal(module: nn.Module, asking: set[type[nn.Module]]) -> bool:
-    """Whether a module says that it is causal: by Hugging Face's attributes, its name, its mask or its source.
+    """Whether a module says that it is causal: by attributes, its name, its mask, its padding or its source.
 
     Args:
         module: Any module.
@@ -41,9 +108,12 @@ def is_causal(module: nn.Module, asking: set[type[nn.Module]]) -> bool:
     says = getattr(module, "is_causal", None)
     # A decoder of Hugging Face's that says nothing else; attention to an encoder says False.
     is_decoder = kind.__module__.startswith("transformers") and getattr(module, "is_decoder", False)
-    if says is True or (is_decoder is True and says is None) or kind in asking:
+    if says is True or (is_decoder is True and says is None) or getattr(module, "causal", None) is True:
         return True
-    return bool(CAUSAL_NAME.search(kind.__name__)) or any(map(_is_causal_mask, module.buffers(recurse=False)))
+    if kind in asking or CAUSAL_NAME.search(kind.__name__) or _pads_before(module):
+        return True
+    kept = (value for value in vars(module).values() if isinstance(value, Tensor))
+    return any(map(_is_causal_mask, (*module.buffers(recurse=False), *kept)))
 
 
 def may_be_masked(model: nn.Module, name: str) -> bool:

@@ -51,6 +51,62 @@ class Asking(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+
+    def attend(self, x, mask):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+
+class Upper(Attention):
+    def forward(self, x):
+        return self.attend(x, torch.full((x.shape[1],) * 2, float("-inf")).triu(1))
+
+
+class Lower(Attention):
+    """Makes its mask in a method."""
+
+    def mask(self, length):
+        return torch.ones(length, length).tril().log()
+
+    def forward(self, x):
+        return self.attend(x, self.mask(x.shape[1]))
+
+
+class OfAnother(Lower):
+    """Inherits it."""
+
+
+class Square(Attention):
+    def forward(self, x):
+        return self.attend(x, nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
+class AskingByPlace(Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, None, 0.0, True)
+
+
+class Kept(Attention):
+    """Keeps a mask that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask = TRIANGLE
+
+
+class Flash(Attention):
+    """As in x-transformers."""
+
+    def __init__(self, causal=True):
+        super().__init__()
+        self.causal = causal
+
+
 class Flagged(nn.Module):
     """Known by Hugging Face's attribute."""
 
@@ -73,8 +129,26 @@ CAUSAL = {
     "mask of infinities": lambda: Masked(torch.full((6, 6), float("-inf")).triu(1)),
     "source": Asking,
     "attribute": Flagged,
+    "upper triangle": Upper,
+    "lower triangle": Lower,
+    "inherited": OfAnother,
+    "torch's mask": Square,
+    "sixth argument": AskingByPlace,
+    "mask kept": Kept,
+    "another attribute": Flash,
 }
+
+
+class Decorrelation(nn.Module):
+    """A loss that takes a triangle for another reason."""
+
+    def forward(self, x):
+        return torch.cov(x.flatten(0, -2).T).triu(1).square().sum()
+
+
 ENCODERS = {
+    "a loss beside": lambda: Around(Decorrelation()),
+    "another attribute": lambda: Around(Flash(causal=False)),
     "batch first": lambda: Block(batch_first=True),
     "attribute": lambda: Around(Flagged(is_causal=False)),
     "mask of padding": lambda: Around(Masked(torch.ones(6, 6))),
@@ -93,6 +167,68 @@ def test_causal_blocks_are_refused(make):
     assert not any(name.startswith("1.") for name in causal)
     convert_to_fdconv(model, include=lambda name, _: False if name in causal else None, num_bands=8)
     assert [name for name, _ in named_fd_layers(model)] == ["1.mlp.0", "1.mlp.2"]
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerEncoder])
+def test_encoders_that_are_called_with_a_causal_mask_are_refused(kind):
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+            self.body = layer if kind is nn.TransformerEncoderLayer else kind(layer, 2)
+
+        def forward(self, x):
+            mask = torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), diagonal=1)
+            return self.body(x, mask)
+
+    with pytest.raises(ValueError, match="are causal"):
+        convert_to_fdconv(Language(), num_bands=8)
+
+
+class PaddedBefore(nn.Module):
+    """A causal convolution by another name."""
+
+    def __init__(self, before=4):
+        super().__init__()
+        self.conv, self.before = nn.Conv1d(32, 32, 3, dilation=2), before
+
+    def forward(self, x):
+        return self.conv(nn.functional.pad(x, (self.before, 0)))
+
+
+class PaddedByOthers(PaddedBefore):
+    def forward(self, x):
+        return self.conv(nn.functional.pad(x, [(3 - 1) * self.conv.dilation[0], 0], value=0.0))
+
+
+class CutAfter(PaddedBefore):
+    def forward(self, x):
+        return self.conv(nn.functional.pad(x, (4, 4)))[..., : -self.before]
+
+
+class PaddedAlike(PaddedBefore):
+    def forward(self, x):
+        first, last = x[:, :, :1], x[:, :, -1:]
+        return self.conv(nn.functional.pad(torch.cat([first, x, last], 2), (1, 1)))[:, :, 0:]
+
+
+@pytest.mark.parametrize("make", [PaddedBefore, PaddedByOthers, CutAfter])
+def test_convolutions_of_what_came_before_are_refused(make):
+    with pytest.raises(ValueError, match=r"1 layers \(conv\) are causal"):
+        convert_to_fdconv(make(), num_bands=8)
+
+
+@pytest.mark.parametrize("pad", [nn.ConstantPad1d((2, 0), 0.0), nn.ReplicationPad1d((2, 0)), nn.ZeroPad1d((2, 0))])
+def test_convolutions_after_padding_before_are_refused(pad):
+    with pytest.raises(ValueError, match=r"1 layers \(0.1\) are causal"):
+        convert_to_fdconv(nn.Sequential(nn.Sequential(pad, nn.Conv1d(32, 32, 3)), nn.ReLU()), num_bands=8)
+
+
+@pytest.mark.parametrize(
+    "make", [PaddedAlike, lambda: nn.Sequential(nn.ConstantPad1d((1, 1), 0.0), nn.Conv1d(32, 32, 3), nn.ReLU())]
+)
+def test_convolutions_of_both_sides_are_not(make):
+    assert len(list(named_fd_layers(convert_to_fdconv(make(), num_bands=8)))) == 1
 
 
 class CausalConv(nn.Module):
