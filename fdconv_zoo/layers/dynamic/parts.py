@@ -5,7 +5,7 @@ not meant for the parts of a layer.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,17 @@ class Annealed(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         """Sets the number to rest (timm's and Hugging Face's protocol for what lost its buffers)."""
         self.temperature.fill_(self.rest)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Loads; what no state dict has leaves the meta device with the parameters, which assignment takes from it."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if local_metadata.get("assign_to_params_buffers") and self.temperature.is_meta:
+            given = [value for name, value in state_dict.items() if name.startswith(prefix) and not value.is_meta]
+            if given:
+                self.temperature = torch.empty((), device=given[0].device)
+                self.init_non_persistent_buffers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Annealed":
         """Moves the module; `to_empty` from the meta device leaves no number, nor does a cast round it."""

@@ -223,6 +223,22 @@ def test_a_static_state_can_be_saved_and_assigned(cls):
     optimizer.step()
 
 
+@pytest.mark.parametrize("assign", [True, False], ids=["assigned", "to_empty"])
+@pytest.mark.parametrize("cls", ALL)
+def test_a_layer_of_the_meta_device_is_right_once_it_is_loaded(cls, assign):
+    layer, x = cls(24, 32, 3, padding=1).eval(), images()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with torch.device("meta"):
+        other = cls(24, 32, 3, padding=1).eval()
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(layer.state_dict(), assign=assign)
+    assert not any(buffer.is_meta for buffer in other.buffers())
+    assert relative_error(other(x), layer(x)) < 1e-6
+
+
 @pytest.mark.parametrize("cls", LAYERS)
 def test_export_and_compile(cls):
     layer, x = cls(24, 32, 3, padding=1).eval(), images()
