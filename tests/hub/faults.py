@@ -162,11 +162,14 @@ def disk_full(bench: Bench) -> Iterator[None]:
 
 @contextlib.contextmanager
 def killed(bench: Bench) -> Iterator[None]:
-    bench.hub.faults.append({"match": FILE, "mode": "stall"})
+    fault = {"match": FILE, "mode": "stall", "times": 1}
+    bench.hub.faults.append(fault)
     child = processes.Process(target=bench.load)
     child.start()
-    deadline = time.monotonic() + 20
-    while not list(bench.cache.rglob("*.incomplete")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    # The client opens its file before it asks for the content: killed between the two, it would leave the stall to us.
+    while fault["times"] or not list(bench.cache.rglob("*.incomplete")):
+        assert time.monotonic() < deadline, "the other process asked for nothing"
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
