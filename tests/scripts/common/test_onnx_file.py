@@ -10,6 +10,7 @@ from torch.export import Dim
 
 import fdconv_zoo  # noqa: F401, registers the models
 from common.onnx_file import check_onnx, open_onnxruntime, open_openvino, write_onnx
+from common.onnx_layers import kinds_of
 from fdconv_zoo import FDConv2d
 from tests.compare import randomise, relative_error
 from tests.models.stirring import stir
@@ -52,6 +53,39 @@ def test_a_layer_in_both_runtimes(tmp_path):
     layer, path = randomise(FDConv2d(18, 20, 3, stride=2, padding=1, num_bands=8)).eval(), tmp_path / "layer.onnx"
     write_onnx(layer, torch.randn(2, 18, 12, 13), path, FREE)
     compare(layer, path, [(2, 18, 12, 13), (1, 18, 7, 16), (3, 18, 20, 5)], torch.float32, 1e-5)
+
+
+def layer(**kwargs):
+    return randomise(FDConv2d(20, 20, 3, padding=kwargs.get("dilation", 1), num_bands=8, **kwargs)).eval()
+
+
+class Branches(nn.Module):
+    """Layers side by side, some of them on maps of half the height; the last one on both."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        maps = [self.layers[-1](x)] + [layer(x[:, :, i % 2 :: 1 + i % 2]) for i, layer in enumerate(self.layers)]
+        return torch.cat([y.mean([2, 3]) for y in maps], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("free", [FREE, {}], ids=["dynamic", "fixed"])
+def test_layers_of_the_same_parameters_that_are_not_the_same_function(free, tmp_path):
+    options = [{}, {"cutoffs": (0.3, 0.2, 0.1)}, {"stride": 2}, {"stride": 2}, {}, {}, {}, {}]
+    model, path = Branches([layer(**kwargs) for kwargs in options]).eval(), tmp_path / "layers.onnx"
+    model.layers[4].ksm.norm.eps = 0.5
+    model.layers[5].ksm.register_forward_hook(lambda _, args, gates: gates._replace(bands=gates.bands * 1.5))
+    x = torch.randn(2, 20, 14, 11)
+    write_onnx(model, x, path, free)
+    shapes = [(2, 20, 14, 11), (1, 20, 8, 16), (3, 20, 21, 7)] if free else [(2, 20, 14, 11)]
+    compare(model, path, shapes, torch.float32, 1e-5)
+    kinds = kinds_of(model, x, free)
+    # A hooked layer has none; nor has the last one, where sizes are not free, as two of them reach it.
+    assert list(kinds) == [f"layers.{i}" for i in ((0, 1, 2, 3, 4, 6, 7) if free else (0, 1, 2, 3, 4, 6))]
+    assert len(set(map(id, kinds.values()))) == (4 if free else 5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,187 @@
+"""FDConv layers of one kind go through PyTorch's exporter to ONNX once.
+
+A layer's weight takes some hundred operations on sizes that are not known, and the exporter traces each of them three
+times; a ResNet-50 has 48 layers of 19 kinds. So the model is exported with a node for each layer, one layer of each
+kind beside it, and the nodes are replaced by what their kind came out as: the file has ONNX's own operators alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo.conversion import named_fd_layers
+from fdconv_zoo.layers.ksm import is_hooked
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "fdconv_zoo.layers"
+# What every module has: tensors, parts and hooks, which are looked at by themselves, and the mode, which is eval.
+USUAL = vars(nn.Module()).keys()
+# Of a module with inputs and their free dimensions.
+Export = Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], "ir.Model"]
+
+
+class Kind(NamedTuple):
+    """Layers that are one function of input, parameters and buffers.
+
+    Attributes:
+        name: Of its node.
+        layer: One of them.
+        shape: Of an input of that one.
+    """
+
+    name: str
+    layer: FDConv2d | FDLinear
+    shape: tuple[int, ...]
+
+
+class AsFunctions(nn.Module):
+    """One layer of each kind as a function of its input and its parameters and buffers, side by side."""
+
+    def __init__(self, kinds: Iterable[Kind]) -> None:
+        super().__init__()
+        self.kinds = tuple(kinds)  # hidden: no parameter of theirs is part of the export
+
+    def forward(self, inputs: list[Tensor], states: list[list[Tensor]]) -> list[Tensor]:
+        """An output for each kind."""
+        outputs = []
+        for kind, x, state in zip(self.kinds, inputs, states, strict=True):
+            named = dict(zip(state_of(kind.layer), state, strict=True))
+            outputs.append(torch.func.functional_call(kind.layer, named, (x,)))
+        return outputs
+
+
+def state_of(layer: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict(layer.named_parameters(recurse=recurse)) | dict(layer.named_buffers(recurse=recurse))
+
+
+def output_shape(layer: FDConv2d | FDLinear, x: Tensor) -> tuple[Any, ...]:
+    """Shape of a layer's output, in sizes that may be symbols."""
+    if isinstance(layer, FDLinear):
+        return *x.shape[:-1], layer.out_features
+    return x.shape[0], layer.out_channels, *layer._geometry().output_size(x.shape[2], x.shape[3])
+
+
+def as_node(layer: FDConv2d | FDLinear, name: str, x: Tensor) -> Tensor:
+    """A layer as one node of the graph that is exported."""
+    tensors = (x, *state_of(layer).values())
+    shape = output_shape(layer, x)
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", tensors, dtype=x.dtype, shape=shape, version=1)
+
+
+def kinds_of(model: nn.Module, x: Tensor, free: Mapping[int, Any]) -> dict[str, Kind]:
+    """The kind of each layer of a model that the images reach, by the layer's name.
+
+    A layer that someone hooked, or that maps of several sizes reach which are not free, has none: the exporter takes it
+    as it stands.
+
+    Args:
+        model: The model.
+        x: Images.
+        free: Dimensions of the images that are free.
+    """
+    layers = {
+        name: layer
+        for name, layer in named_fd_layers(model)
+        if type(layer) in (FDConv2d, FDLinear) and not is_hooked(*layer.modules())
+    }
+    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: shapes[name].append(tuple(args[0].shape)))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: dict[Any, Kind] = {}
+    kinds = {}
+    for name, layer in layers.items():
+        sizes = {
+            tuple(None if i in free_sizes(layer, len(shape), free) else n for i, n in enumerate(shape))
+            for shape in shapes[name]
+        }
+        if len(sizes) == 1:
+            kind = Kind(f"Layer{len(found)}", layer, shapes[name][0])
+            kinds[name] = found.setdefault((*sizes, facts(layer)), kind)
+    return kinds
+
+
+def facts(layer: nn.Module) -> str:
+    """Everything that decides which function of its tensors a layer is."""
+    told = []
+    for name, module in layer.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in USUAL}
+        tensors = [(key, t.shape, t.dtype) for key, t in state_of(module, recurse=False).items()]
+        told.append((name, type(module), own, tensors))
+    return repr(told)
+
+
+def free_sizes(layer: nn.Module, dimensions: int, free: Mapping[int, Any]) -> dict[int, Any]:
+    """Dimensions of a layer's input that are free, given those of the images."""
+    channels = dimensions - 1 if isinstance(layer, FDLinear) else 1
+    sizes = [i for i in range(1, dimensions) if i != channels]
+    return dict.fromkeys([0] * (0 in free) + sizes * (2 in free), torch.export.Dim.AUTO)
+
+
+@contextmanager
+def layers_as_nodes(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
+    """A model whose layers are nodes while it is exported."""
+    layers = [model.get_submodule(name) for name in kinds]
+    for layer, kind in zip(layers, kinds.values(), strict=True):
+        layer.forward = partial(as_node, layer, kind.name)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def add_layers(
+    model: "ir.Model", kinds: Sequence[Kind], dtype: torch.dtype, free: Mapping[int, Any], export: Export
+) -> None:
+    """Puts the operations of each kind in place of its nodes.
+
+    Args:
+        model: Exported, with a node for each layer.
+        kinds: Of all nodes.
+        dtype: Of the images.
+        free: Dimensions of the images that are free.
+        export: Exports a module.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
+
+    if not kinds:
+        return
+    states = [list(state_of(kind.layer).values()) for kind in kinds]
+    sizes = [free_sizes(kind.layer, len(kind.shape), free) for kind in kinds], [[None] * len(state) for state in states]
+    inputs = [torch.zeros(kind.shape, dtype=dtype) for kind in kinds]
+    # All in one export: much of what one takes does not depend on what is exported.
+    graph = export(AsFunctions(kinds).eval(), (inputs, states), sizes).graph
+    places = iter(graph.inputs[len(kinds) :])
+    for kind, x, state, output in zip(kinds, graph.inputs, states, graph.outputs, strict=False):
+        body = ir.convenience.extract(graph, [x, *islice(places, len(state))], [output])
+        # A function has no initialisers, and names of sizes are those of the kinds, not of the model.
+        constants = [
+            ir.node("Constant", [], {"value": value.const_value}, outputs=[value], name=f"constant_{name}")
+            for name, value in body.initializers.items()
+        ]
+        body.initializers.clear()
+        body.insert_before(body[0], constants)
+        for node in body:
+            for value in node.outputs:
+                value.shape = None
+        function = ir.Function(DOMAIN, kind.name, graph=body, attributes=[])
+        model.functions[function.identifier()] = function
+    InlinePass()(model)
