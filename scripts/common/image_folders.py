@@ -74,6 +74,7 @@ class FolderReader(Reader):
     """Images of a folder with labels, for timm's data sets: timm's folder reader, which leaves nothing out in silence.
 
     A class is the name of the folder that the images lie in; classes are numbered and images are sorted as timm does.
+    Hidden files and folders are none of it.
 
     Args:
         root: The folder of a split.
@@ -94,13 +95,17 @@ class FolderReader(Reader):
         self.root = root
         self.ignored: Counter[str] = Counter()
         found: list[tuple[str, str]] = []
-        for folder, _, names in os.walk(root, followlinks=True):
+        for folder, folders, names in os.walk(root, followlinks=True):
+            # Jupyter keeps copies in .ipynb_checkpoints, macOS a ._x.jpg beside x.jpg: no class, and no image.
+            folders[:] = [name for name in folders if not name.startswith(".")]
             label = "" if folder == str(root) else os.path.basename(folder)
             for name in names:
                 ending = os.path.splitext(name)[1].lower()
+                if name.startswith("."):
+                    continue
                 if ending in ENDINGS:
                     found.append((os.path.join(folder, name), label))
-                elif not name.startswith("."):
+                else:
                     self.ignored[ending or "without an ending"] += 1
         if not found:
             raise ValueError(

@@ -50,6 +50,12 @@ def test_classes_keep_the_numbers_they_are_given(tmp_path):
         FolderReader(tmp_path, {"a": 0, "b": 1})
 
 
+def test_hidden_copies_are_no_class_and_no_image(tmp_path):
+    write_images(tmp_path, "a", "a/.ipynb_checkpoints", "b")
+    (tmp_path / "b" / "._0.png").write_bytes(b"macOS")
+    assert FolderReader(tmp_path).describe() == f"{tmp_path}: 4 images, 2 classes"
+
+
 def test_what_is_not_read_is_counted(tmp_path):
     write_images(tmp_path, "a", "b")
     for name in ("1.heic", "2.HEIC", "a.txt", ".DS_Store", "b.txt", "c.txt", "README"):
