@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import fdconv_zoo  # noqa: F401  (registers the models)
-from fdconv_zoo.download import WEIGHTS_NAME, redact
+from fdconv_zoo.download import WAYS_OUT, WEIGHTS_NAME, redact
 from fdconv_zoo.integrity import file_digest
 from hub.card import render_card
 from hub.release import Release, read_run, read_tag, read_weights
@@ -31,6 +31,9 @@ DIRT = {
     "a path of this machine": re.compile(r"(?<![\w/.:])(?:/(?:home|root|Users|mnt|tmp|data|scratch|work)/|[A-Z]:\\)"),
     "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+"),
 }
+# In place of the ways out that are calls of the library.
+NO_WEIGHTS = """Ways out: a mirror (HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`; or a local
+file: python -m hub.publish weights.safetensors --model NAME ..."""
 EPILOG = """\
 examples:
   python -m hub.publish outputs/flowers --repo me/resnet50_fdconv.flowers --license apache-2.0 --dataset flowers102
@@ -53,6 +56,8 @@ def read_release(args: argparse.Namespace) -> Release:
         if not args.model:
             raise ValueError(f"name the model of {path} with --model")
         release = replace(read_weights(path, args.model, **args.model_kwargs), base_model=None, license=None)
+    elif "/" in args.source and ":" not in args.source:  # a model's name has none
+        raise ValueError(f"there is no folder or file {path}")
     else:
         release = read_tag(args.source)
     if release.start in ("file", "unknown") and not args.base_model:
@@ -200,8 +205,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"dry run: nothing uploaded to {args.repo}")
                 return
             commit, new = upload(folder, args.repo, args.private)
-        except Exception as error:  # a bad source or the Hub's refusal: one line, without a token in it
-            parser.exit(1, f"{parser.prog}: {redact(str(error))}\n")
+        except Exception as error:  # a bad source or the Hub's refusal, without a token in it
+            parser.exit(1, f"{parser.prog}: {redact(str(error).replace(WAYS_OUT, NO_WEIGHTS))}\n")
     print(f"{'published' if new else 'already up to date'}: hf-hub:{args.repo}@{commit}")
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
 from fdconv_zoo.integrity import check_safetensors
+from fdconv_zoo.names import check_name
 from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE, SUMMARY_FILE
 
 WEIGHT_FILES = tuple(f"{name}{suffix}" for name in ("model_best", "last") for suffix in (".safetensors", ".pth.tar"))
@@ -143,8 +144,9 @@ def read_weights(path: Path, name: str, **model_args: Any) -> Release:
     """A model of the registry with weights from a local file; other than .safetensors only with `weights_only`.
 
     Raises:
-        ValueError: The weights do not fit the model.
+        ValueError: timm has no such model, or the weights do not fit it.
     """
+    check_name(name)
     if path.suffix == ".safetensors":
         check_safetensors(path)
     model = timm.create_model(name, **model_args)
@@ -167,7 +169,12 @@ def read_weights(path: Path, name: str, **model_args: Any) -> Release:
 
 
 def read_tag(name: str) -> Release:
-    """A model of the registry with the weights of its tag, downloaded and verified."""
+    """A model of the registry with the weights of its tag, downloaded and verified.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    check_name(name)
     model = timm.create_model(name, pretrained=True).eval()
     cfg = model.pretrained_cfg
     tag = cfg.get("tag") or ""

@@ -1,6 +1,5 @@
 """Models for the command line: names and wildcards, static twins, weights from files or the Hub."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,19 +13,7 @@ from common.weights import load_checkpoint
 from fdconv_zoo import PretrainedError, static_name
 from fdconv_zoo.default_cfgs import is_zoo_model
 from fdconv_zoo.download import WAYS_OUT
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that timm does not know; `hf-hub:` and `local-dir:` names are not looked up.
-
-    Raises:
-        ValueError: Names close matches.
-    """
-    if ":" in name:
-        return
-    if not timm.is_model(name) or ("." in name and name not in timm.list_models(include_tags=True)):
-        close = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=4)
-        raise ValueError(f"unknown model {name}" + (f", did you mean {', '.join(close)}?" if close else ""))
+from fdconv_zoo.names import check_name
 
 
 def check_image_size(model: nn.Module, size: tuple[int, int]) -> None:

@@ -110,6 +110,15 @@ class TestRun:
     def test_what_is_missing_is_named(self, hub, run, capsys, arguments, message):
         assert message in fails(capsys, str(run), "--repo", "me/x", *arguments)
 
+    def test_sources_that_are_not_there(self, hub, run, capsys):
+        where = ("--repo", "me/x", "--license", "mit", "--dataset", "mine")
+        assert "unknown model resnet18_fdcon, did you mean resnet18_fdconv" in fails(capsys, "resnet18_fdcon", *where)
+        file = str(run / "model_best.safetensors")
+        assert "did you mean resnet18_fdconv" in fails(capsys, file, "--model", "resnet18_fdcon", *where)
+        assert "there is no folder or file outputs/mines" in fails(capsys, "outputs/mines", *where)
+        error = fails(capsys, "resnet18_fdconv.a1_in1k_converted", *where)  # this hub does not have them
+        assert "python -m hub.publish weights.safetensors --model NAME" in error and "pretrained_cfg_overlay" not in error
+
     def test_folder_data_set_must_be_named(self, hub, run, capsys):
         options = yaml.safe_load((run / "args.yaml").read_text())
         (run / "args.yaml").write_text(yaml.safe_dump({**options, "dataset": ""}))
