@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.command_line import fail
-from common.models import build_model, expand_names, takes_other_sizes
+from common.models import build_model, check_image_size, check_pretrained_classes, expand_names, takes_other_sizes
 from common.onnx_file import free_dimensions, open_onnxruntime, open_openvino, write_onnx
 from common.weights import read_checkpoint
 from exporting.args import FORMATS, check_args, parse_args
@@ -35,6 +35,8 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     (name,) = expand_names([args.model], weights_needed=not (args.checkpoint or args.no_weights))
     kwargs = {"num_classes": args.num_classes, "features_only": args.features, **args.model_kwargs}
     checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
+    if not (checkpoint or args.no_weights or args.features):
+        check_pretrained_classes(name, kwargs["num_classes"])
     model = build_model(name, checkpoint=checkpoint, pretrained=not args.no_weights, **kwargs).eval()
     if args.static and not any(named_fd_layers(model)):
         raise ValueError(f"{args.model} is static as it is: leave out --static")
@@ -70,7 +72,7 @@ def sample_shapes(shape: tuple[int, int, int], batch: int | None, fixed_size: bo
     sizes = [(height, width)]
     if not fixed_size:
         sizes += [(height + 32, width), (height, width + 61), (max(height // 2, 64), max(width // 2, 64))]
-    for size in sizes:
+    for size in dict.fromkeys(sizes):
         for count in [batch] if batch else [1, 2, 5] if size == sizes[0] else [2]:
             yield count, channels, *size
 
@@ -147,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_args(args)
         model = create_model(args)
         shape = input_shape(model, args)
+        check_image_size(model, shape[1:])
         if args.static:
             model = make_static(model, shape, args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:

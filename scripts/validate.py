@@ -22,7 +22,14 @@ from common.command_line import fail
 from common.demo_data import create_demo_model, create_photo_dataset
 from common.images import ReadableImages
 from common.inference import Accuracy, inference_loader
-from common.models import UnavailableError, add_static_twins, build_model, check_image_size, expand_names
+from common.models import (
+    UnavailableError,
+    add_static_twins,
+    build_model,
+    check_image_size,
+    check_pretrained_classes,
+    expand_names,
+)
 from common.record import write_json
 from common.weights import read_checkpoint
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
@@ -96,6 +103,8 @@ def prepare(
             twin = timm.create_model(name, **kwargs)
             if describe_misfits(strip_prefixes(checkpoint, twin), twin):
                 checkpoint = None
+        if checkpoint is None:
+            check_pretrained_classes(name, kwargs["num_classes"])
         model = build_model(name, checkpoint=checkpoint, **kwargs)
     model.eval()
     dataset = create_photo_dataset() if args.demo else open_dataset(args, model, tell=first)

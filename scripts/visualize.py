@@ -15,7 +15,7 @@ from common.command_line import fail
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
 from common.images import load_image
-from common.models import build_model, expand_names
+from common.models import build_model, check_image_size, expand_names
 from common.record import versions
 from common.weights import load_checkpoint, read_checkpoint
 from fdconv_zoo import FDConv2d, convert
@@ -95,7 +95,7 @@ def visualize(
 
     Raises:
         ImportError: matplotlib or scikit-learn is not installed.
-        ValueError: A photo can't be read.
+        ValueError: A photo can't be read, or the model takes images of another size only.
     """
     import matplotlib
 
@@ -106,6 +106,7 @@ def visualize(
     if not isinstance(layers[layer_name], Layer):
         return visualize_method(title, layer_name, layers, args)
     batch, photos = read_photos(args.photos, model, args.img_size)
+    check_image_size(model, tuple(batch.shape[2:]))
     inputs, layer = LayerInputs(layer_name), layers[layer_name]
     device = torch.device(args.device)
     with torch.inference_mode(), inputs.watch(layers):

@@ -100,6 +100,24 @@ class UnavailableError(RuntimeError):
     """There are no pretrained weights to be had; says where to take them from."""
 
 
+def check_pretrained_classes(name: str, num_classes: int | None) -> None:
+    """Refuse pretrained weights whose classifier would be left out, and a random one be measured in its place.
+
+    Args:
+        name: timm's, of a model that takes its pretrained weights; `hf-hub:` and `local-dir:` names are not looked up.
+        num_classes: Outputs that were asked for; None for the model's own, 0 for none.
+
+    Raises:
+        UnavailableError: The weights have other classes.
+    """
+    config = None if ":" in name else get_pretrained_cfg(name)
+    if config and num_classes and num_classes != config.num_classes:
+        raise UnavailableError(
+            f"no pretrained weights of {num_classes} classes: {name}'s classifier has {config.num_classes}, and one of "
+            "random numbers would stand for it. --checkpoint FILE has yours"
+        )
+
+
 def build_model(
     name: str,
     *,

@@ -195,6 +195,11 @@ def test_images_of_32_pixels_export_or_say_what_to_do(export, tmp_path, capfd):
             ["swin_tiny_fdconv", "m.pt2", "--no-weights", "--model-kwargs", "depths=(1,1,1,1)", "embed_dim=24"],
             "takes 224 x 224 images only: add --fixed-size",
         ),
+        (
+            ["swin_tiny_fdconv", "m.pt2", "--no-weights", "--img-size", "64", "--model-kwargs", "depths=(1,1,1,1)"],
+            "takes 224 x 224 images, not 64 x 64: give --model-kwargs img_size=64",
+        ),
+        (["resnet18_fdconv", "m.pt2", "--num-classes", "3"], "no pretrained weights of 3 classes: resnet18_fdconv's"),
     ],
 )
 def test_mistakes_end_in_one_line(export, tmp_path, monkeypatch, argv, message):

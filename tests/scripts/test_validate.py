@@ -201,6 +201,17 @@ def test_a_trained_fdconv_checkpoint_with_other_classes(validate, photos, tmp_pa
     assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_no_random_classifier_is_measured(validate, photos, tmp_path):
+    """Fine-tuned weights have no static twin, whose own classifier is of other classes."""
+    model = timm.create_model(FDCONV, num_classes=19)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    argv = [photos, "--num-classes", 19, "--results-file", tmp_path / "r.json", "--model", FDCONV]
+    message = error_of(validate, *argv, "--compare-static", "--checkpoint", tmp_path / "model.safetensors")
+    assert f"no pretrained weights of 19 classes: {STATIC}." in message
+    assert [row["model"] for row in json.loads((tmp_path / "r.json").read_text())] == [FDCONV]
+    assert f"no pretrained weights of 19 classes: {FDCONV}'s classifier has 1000" in error_of(validate, *argv)
+
+
 def test_the_hub_out_of_reach_keeps_the_results_so_far(photos, tmp_path):
     model = timm.create_model(FDCONV)
     save_file(model.state_dict(), tmp_path / "model.safetensors")

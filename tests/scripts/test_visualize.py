@@ -144,6 +144,8 @@ def test_lists_the_layers_of_a_local_model(main, tmp_path, capsys):
 def test_mistakes_are_one_line(main, checkpoint, photo, tmp_path):
     (tmp_path / "page.jpg").write_text("<html>")
     static = ["--model", STATIC, "--checkpoint", checkpoint]
+    swin = tmp_path / "swin.safetensors"
+    save_file(timm.create_model("swin_tiny_fdconv").state_dict(), swin)
     for argv, message in (
         ([photo], "say what to draw with --model (or try --demo)"),
         (["--model", "resnet50_fdconv"], "give a photo (or try --demo)"),
@@ -163,6 +165,10 @@ def test_mistakes_are_one_line(main, checkpoint, photo, tmp_path):
             "no ODConv layer conv, there are: layer1.0.conv1,",
         ),
         (["--model", STATIC, "--checkpoint", tmp_path / "none.pt", photo], "there is no checkpoint"),
+        (
+            ["--model", "swin_tiny_fdconv", "--checkpoint", swin, "--img-size", "64", photo],
+            "takes 224 x 224 images, not 64 x 64: give --model-kwargs img_size=64",
+        ),
         (
             ["--model", "resnet18_fdconv", "--checkpoint", checkpoint, photo],
             "the weights are another architecture's",
