@@ -115,7 +115,7 @@ def open_onnxruntime(path: Path, threads: int = 0) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns of every constant that it folds
+    options.log_severity_level = 4  # it warns of every constant that it folds; its errors are raised
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(output) for output in session.run(None, {"input": x.numpy()})]
