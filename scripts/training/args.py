@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.utils
+from timm.data import create_transform
 
 from common.command_line import HelpFormatter
 from common.recipes import parse_over_recipe
@@ -167,6 +168,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         Recipe.of(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.aa:
+        try:
+            create_transform(32, is_training=True, auto_augment=args.aa)
+        except (AssertionError, ValueError) as error:
+            parser.error(f"--aa {args.aa}: {error}; for instance rand-m9-mstd0.5-inc1, augmix-m3-w3, original")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch-size is {args.batch_size}, mixup and CutMix mix pairs and need an even number")
     if args.bce_target_thresh is not None and not args.bce_loss:

@@ -66,6 +66,8 @@ def test_bad_recipe_is_an_error(tmp_path, capsys, text, message):
         (["--epochs", "3"], "no data: give --data-dir"),
         (["--synthetic", "-b", "0"], "--batch-size is 0, it must be at least 1"),
         (["--synthetic", "-b", "3", "--mixup", "0.1"], "need an even number"),
+        (["--synthetic", "--aa", "rnd-m9"], "--aa rnd-m9: Unknown AutoAugment config section; for instance rand-m9"),
+        (["--synthetic", "--aa", "rand-x9"], "--aa rand-x9: "),
         (["--synthetic", "--bce-target-thresh", "0.2"], "is an option of --bce-loss"),
     ],
 )
@@ -88,3 +90,8 @@ def test_saved_file_holds_plain_values_only(tmp_path):
     saved = yaml.safe_load((tmp_path / "args.yaml").read_text())
     assert saved["output"] == str(tmp_path)
     assert "config" not in saved and "resume" not in saved
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "3a"])
+def test_timms_policies_of_augmentation_are_taken(policy):
+    assert parse_args(["--synthetic", "--aa", policy]).aa == policy
