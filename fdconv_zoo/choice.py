@@ -7,7 +7,7 @@ them first and by names second. What a model is wrapped in changes nothing.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -203,6 +203,18 @@ class Rules:
         return "" if layer in self.mlps or MLPS.intersection(parts) else "linear layer outside an MLP"
 
 
+def check_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: Says what it is.
+    """
+    if not isinstance(model, nn.Module):
+        got = repr(model) if isinstance(model, str | type) else type(model).__name__
+        hint = f'; timm.create_model("{model}") makes one' if isinstance(model, str) else ""
+        raise TypeError(f"a model (nn.Module) is wanted, got {got}{hint}")
+
+
 def include_rule(include: Include, model: nn.Module) -> Rule:
     """What `include` says about each layer, as a function.
 
@@ -217,7 +229,7 @@ def include_rule(include: Include, model: nn.Module) -> Rule:
     """
     if callable(include):
         return include
-    names = [include] if isinstance(include, str) else list(include)
+    names = [include] if isinstance(include, str) or not isinstance(include, Iterable) else list(include)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"include={include!r}, but it must be a function, a name or names of the model's modules")
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -250,10 +262,7 @@ def choose(
         ValueError: If `include` insists on a layer that can't be replaced, or names what the model has not.
         TypeError: If `model` is no module, or `include` neither function nor names.
     """
-    if not isinstance(model, nn.Module):
-        got = repr(model) if isinstance(model, str | type) else type(model).__name__
-        hint = f'; timm.create_model("{model}") makes one' if isinstance(model, str) else ""
-        raise TypeError(f"a model (nn.Module) is wanted, got {got}{hint}")
+    check_module(model)
     rule = None if include is None else include_rule(include, model)
     inside = tuple(f"{name}." if name else "" for name, _ in named_dynamic_layers(model))
     rules, unfit = Rules(model, method), find_unfit(model)

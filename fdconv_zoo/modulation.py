@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .choice import named_dynamic_layers
+from .choice import check_module, named_dynamic_layers
 
 __all__ = ["freeze_static", "modulation_parameters"]
 
@@ -24,7 +24,11 @@ def modulation_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
 
     Args:
         model: A model with dynamic layers, a part of one, or a lone layer.
+
+    Raises:
+        TypeError: It is no module.
     """
+    check_module(model)
     for name, layer in named_dynamic_layers(model):
         yield from ((f"{name}.{key}" if name else key, parameter) for key, parameter in layer.modulation())
 
@@ -44,7 +48,11 @@ def freeze_static(module: nn.Module) -> None:
 
     Args:
         module: A model or a part of one.
+
+    Raises:
+        TypeError: It is no module.
     """
+    check_module(module)
     module.requires_grad_(False)
     for _, parameter in modulation_parameters(module):
         parameter.requires_grad_(True)

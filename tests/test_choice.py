@@ -390,6 +390,8 @@ def test_impossible_includes_are_named(call):
         call(Net(), include=["conv2", "layer7"])
     with pytest.raises(TypeError, match=r"include=\[2\], but it must be a function, a name or names"):
         call(Net(), include=[2])
+    with pytest.raises(TypeError, match="include=2, but it must be a function"):
+        call(Net(), include=2)
 
 
 # --- other layers

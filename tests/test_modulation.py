@@ -38,3 +38,9 @@ def test_a_frozen_stage_moves_its_modulation_alone():
     frozen = ("conv1.", "bn1.", "layer1.")
     assert all(".ksm." in name or ".fbm." in name for name in moved if name.startswith(frozen))
     assert "layer1.0.conv1.ksm.heads.weight" in moved and "layer2.0.conv1.fdw.spectrum" in moved
+
+
+@pytest.mark.parametrize("call", [freeze_static, lambda model: list(modulation_parameters(model))])
+def test_no_module_is_refused(call):
+    with pytest.raises(TypeError, match=r"a model \(nn.Module\) is wanted, got 'resnet18_fdconv'"):
+        call("resnet18_fdconv")
