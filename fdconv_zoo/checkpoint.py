@@ -87,12 +87,20 @@ def _guess_cause(
         part in key for key in own for part in parts
     ):
         return "They are weights of an FDConv model, and this is a static one: its name with _fdconv takes them"
+    static = {f"{key.partition('.fdw.')[0]}.weight" for key in missing if ".fdw." in key}
+    if unexpected and static.issuperset(unexpected):
+        return "They are weights of a static model, or with fewer FDConv layers: convert_static_state_dict moves them"
     if any("dft_weight" in key for key in unexpected):
         return "The names are the official FDConv code's: convert_official_state_dict reads them"
     if any(key.startswith("features.") for key in unexpected) and not any(key.startswith("features.") for key in own):
         return "The names are torchvision's: timm's model of this name has others; convert torchvision's model instead"
     if any(key.startswith(("optimizer", "lr_scheduler", "epoch", "param_groups")) for key in state_dict):
         return "It is a training state, not weights: give the file of weights beside it"
+    if not (missing or unexpected):
+        if all(any(part in text for part in parts) for text in shapes):
+            return "The FDConv layers have other options there, such as num_bands: give the model the same"
+        if all("position" in text or "pos_embed" in text for text in shapes):
+            return "The weights are of a model of another img_size or window_size: give the model the same"
     shared = len(own) - len(missing)
     if shared < len(own) / 2:
         return "Most names differ: the weights are another architecture's"

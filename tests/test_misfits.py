@@ -39,6 +39,16 @@ def test_keys_of_a_misfit_are_few_and_the_cause_is_named(static):
     assert "It is a training state" in message and len(message) < 300
 
 
+def test_a_cause_is_named_for_static_weights_and_for_other_options(static):
+    model = timm.create_model("resnet18_fdconv", **SMALL)
+    assert "weights of a static model" in describe_misfits(static.state_dict(), model)
+    bands = timm.create_model("resnet18_fdconv", num_bands=2, **SMALL)
+    assert "other options there, such as num_bands" in describe_misfits(bands.state_dict(), model)
+    swin = {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "num_classes": 5}
+    small, large = (timm.create_model("swin_tiny_patch4_window7_224", img_size=size, **swin) for size in (32, 224))
+    assert "of another img_size or window_size" in describe_misfits(large.state_dict(), small)
+
+
 def test_create_model_takes_a_static_checkpoint(static, tmp_path):
     path = tmp_path / "static.safetensors"
     save_file(static.state_dict(), path)

@@ -16,6 +16,10 @@ from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.choice import named_dynamic_layers
 
 
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched
+
+
 def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
     """Return the weights in a file, out of the wrappings of train.py's states, timm's checkpoints and others.
 
@@ -23,7 +27,8 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
 
     Args:
         path: A .safetensors file, or one that `torch.load` reads with `weights_only`.
-        use_ema: Take the averaged weights that a trainer keeps beside the trained ones.
+        use_ema: Take the averaged weights that a trainer keeps beside the trained ones; a file of averaged weights
+            alone needs no asking.
 
     Raises:
         ValueError: The file can't be read, or holds no weights, or no averaged ones.
@@ -36,7 +41,7 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle, zipfile and torch each raise their own
-        raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot read checkpoint {path}: {_unreadable(path, error)}") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"checkpoint {path} holds a {type(checkpoint).__name__}, no weights by name")
     if isinstance(checkpoint.get("weights"), Mapping) and "last" in checkpoint["weights"]:  # last.state.pt of train.py
@@ -44,7 +49,7 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
         checkpoint = {"state_dict": states["last"]} | (
             {"state_dict_ema": states["last_ema"]} if "last_ema" in states else {}
         )
-    wanted = ("state_dict_ema", "model_ema", "ema_state_dict", "ema") if use_ema else ("state_dict", "model", "weights")
+    wanted = AVERAGED if use_ema else ("state_dict", "model", "weights", *AVERAGED)
     key = next((key for key in wanted if isinstance(checkpoint.get(key), Mapping)), None)
     if use_ema and key is None:
         raise ValueError(f"checkpoint {path} holds no averaged weights: leave out --use-ema")
@@ -54,6 +59,21 @@ def read_checkpoint(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
         there = ", ".join(str(name) for name in list(weights)[:3])
         raise ValueError(f"checkpoint {path} holds no weights, only {there or 'nothing'}: is it a training state?")
     return tensors
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why a file holds no weights that can be read, as far as it can be told."""
+    if isinstance(error, OSError):
+        return str(error)
+    with path.open("rb") as file:
+        start = file.read(len(POINTER))
+    if start == POINTER:
+        return "it is a Git LFS pointer: fetch the file itself with git lfs pull"
+    if not start:
+        return "it is empty"
+    if "Weights only load failed" in str(error):
+        return "it is a pickle of more than tensors, such as a whole model: save its state_dict() instead"
+    return f"neither torch nor safetensors knows it ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
 def fit_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

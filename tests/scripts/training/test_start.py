@@ -126,6 +126,37 @@ def test_a_training_state_without_weights(tmp_path):
         load_initial_weights(timm.create_model("resnet18"), tmp_path / "state.pt")
 
 
+def test_averaged_weights_alone_need_no_asking(tmp_path):
+    static = timm.create_model("resnet18", num_classes=2).state_dict()
+    torch.save({"state_dict_ema": static, "epoch": 1}, tmp_path / "ema.pt")
+    model = timm.create_model("resnet18", num_classes=2)
+    load_initial_weights(model, tmp_path / "ema.pt")
+    assert all(torch.equal(value, static[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer"),
+        (b"", "it is empty"),
+        (b"hello", "neither torch nor safetensors knows it"),
+        (None, "it is a pickle of more than tensors, such as a whole model: save its state_dict"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_files_that_are_no_weights(tmp_path, content, cause, ending):
+    path = tmp_path / f"weights.{ending}"
+    if content is not None:
+        path.write_bytes(content)
+    elif ending == "pth":
+        torch.save(torch.nn.Linear(2, 2), path)
+    else:
+        cause = "No such file"
+    with pytest.raises(ValueError, match=f"cannot read checkpoint .*{cause}") as caught:
+        load_initial_weights(timm.create_model("test_resnet"), path)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
 def test_mistakes_are_one_line(data, tmp_path):
     output = tmp_path / "run"
     assert error_of(data, output, "--model", "resnet18_fdconf").startswith(
