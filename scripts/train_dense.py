@@ -85,7 +85,7 @@ def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Datase
         val_set: Images for validation.
 
     Raises:
-        ValueError: A mask can't be used; names it.
+        ValueError: A mask can't be used; names it. Or those for training have one class only.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if rank == 0:
@@ -94,8 +94,16 @@ def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Datase
         return
     if rank == 0:
         print(f"reading {len(train_set)} + {len(val_set)} masks", file=sys.stderr, flush=True)
-    for dataset in (train_set, val_set):
-        dataset.check(slice(rank, None, world), args.workers)
+    pixels, _ = (dataset.check(slice(rank, None, world), args.workers) for dataset in (train_set, val_set))
+    absent = [label for label, count in enumerate(pixels) if not count]
+    if absent and world == 1:
+        told = (
+            f"no pixel of class {', '.join(map(str, absent[:8]))}{', ...' if len(absent) > 8 else ''} in "
+            f"{args.train_masks}; {args.ignore_index} is no class (--ignore-index, --mask-values)"
+        )
+        if len(absent) >= args.num_classes - 1:
+            raise ValueError(told)
+        print(told, file=sys.stderr)
 
 
 def create_loaders(

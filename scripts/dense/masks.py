@@ -147,20 +147,23 @@ class MaskFolders(Dataset):
         """A line: images, and the files among them that are not read, by ending."""
         return f"{self.images}: {len(self)} images{describe_ignored(self.ignored)}"
 
-    def check(self, part: slice, workers: int) -> None:
+    def check(self, part: slice, workers: int) -> list[int]:
         """Read masks, and the sizes of their images, before a training breaks off at one.
 
         Args:
             part: Which of the images.
             workers: Threads that read.
 
+        Returns:
+            Pixels of each class.
+
         Raises:
             ValueError: As when an image is taken; names the file.
         """
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            list(pool.map(self._check_pair, self.pairs[part]))
+            return sum(pool.map(self._check_pair, self.pairs[part])).tolist()
 
-    def _check_pair(self, pair: tuple[Path, Path]) -> None:
+    def _check_pair(self, pair: tuple[Path, Path]) -> Tensor:
         image_path, mask_path = pair
         try:
             mask = self._read_mask(mask_path)
@@ -171,6 +174,7 @@ class MaskFolders(Dataset):
             raise ValueError(f"can't read {image_path} with its mask: {error}") from error
         if self.crop_size is not None:
             check_sizes(mask_path, mask, size)
+        return mask[mask != self.ignore_index].bincount(minlength=self.num_classes)
 
     def _read_mask(self, path: Path) -> Tensor:
         mask = torch.from_numpy(np.array(Image.open(path)))

@@ -30,6 +30,27 @@ def open_folders(images, masks, **options):
     return MaskFolders(images, masks, **{**defaults, **options})
 
 
+def test_masks_without_a_class_are_told(data, tmp_path, capsys):
+    """Masks of 0 and 255, as painting tools write them: 255 is no class, and nothing would be learnt."""
+    for split in ("train", "val"):
+        shutil.copytree(data / split, tmp_path / split)
+        (tmp_path / f"{split}_masks").mkdir()
+        for path in (tmp_path / split).iterdir():
+            mask = np.full((Image.open(path).height, Image.open(path).width), 255, dtype=np.uint8)
+            mask[:8] = 0
+            Image.fromarray(mask).save(tmp_path / f"{split}_masks" / f"{path.stem}.png")
+    options = ["--head", "upernet", *SMALL, *masks(tmp_path), "--no-reduce-zero-label", "--output", str(tmp_path / "run")]
+    message = f"no pixel of class 1 in {tmp_path / 'train_masks'}; 255 is no class (--ignore-index, --mask-values)"
+    with pytest.raises(SystemExit, match="train_dense.py: error: ") as caught:
+        main([*options, "--num-classes", "2"])
+    assert message in str(caught.value)
+    with pytest.raises(SystemExit, match="fewer than a batch"):
+        main([*options, "--num-classes", "2", "--mask-values", "0", "255", "--batch-size", "99"])
+    assert "no pixel" not in capsys.readouterr().err
+    folders = open_folders(tmp_path / "train", tmp_path / "train_masks", num_classes=4, reduce_zero_label=False)
+    assert folders.check(slice(None), workers=2)[1:] == [0, 0, 0]
+
+
 def test_mask_of_an_unknown_class_is_refused(data):
     folders = data / "val", data / "val_masks"
     with pytest.raises(ValueError, match=r"has classes \[2\], allowed are 0 to 1 and 255"):
