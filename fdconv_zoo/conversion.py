@@ -187,9 +187,13 @@ def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
         layer.set_static(twins[name].weight, twins[name].bias)
 
 
+def _first_three(items: list[str], separator: str = ", ") -> str:
+    return separator.join([*items[:3], "..."] if len(items) > 3 else items)
+
+
 def _raise_on_unfit(unfit: list[str], what: str) -> None:
     if unfit:
-        raise ValueError(f"{len(unfit)} keys of the {what} state dict fit nothing in the model: {', '.join(unfit)}")
+        raise ValueError(f"{len(unfit)} keys of the {what} state dict fit nothing in the model: {_first_three(unfit)}")
 
 
 def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -208,7 +212,7 @@ def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module
 
     Raises:
         ValueError: If keys fit nothing in the model, a static weight has another shape, or a layer has both a static
-            and a dynamic weight; they are listed.
+            and a dynamic weight; three of them are named.
     """
     own = model.state_dict()
     out = move_static_weights(state_dict, model)
@@ -243,7 +247,7 @@ def move_static_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
                 if key not in (f"{prefix}{layer.held[1]}", f"{prefix}filter_scale"):
                     out.setdefault(key, own[key].clone())
     if wrong_shapes:
-        raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {'; '.join(wrong_shapes)}")
+        raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {_first_three(wrong_shapes, '; ')}")
     return out
 
 
@@ -307,7 +311,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         A state dict for `model`. A detector's checkpoint has no classifier, so it fits with `num_classes=0`.
 
     Raises:
-        ValueError: If keys fit nothing in the model, or FDConv layers lack keys; they are listed.
+        ValueError: If keys fit nothing in the model, or FDConv layers lack keys; of the former three are named.
     """
     for wrapper in ("state_dict", "model"):
         if isinstance(state_dict.get(wrapper), Mapping):
@@ -335,7 +339,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         needed = [key for key in layer.state_dict() if not key.endswith(OPTIONAL)]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
     if wrong_shapes:
-        raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {'; '.join(wrong_shapes)}")
+        raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {_first_three(wrong_shapes, '; ')}")
     if missing:
         raise ValueError(f"the official state dict lacks {len(missing)} keys of FDConv layers: {', '.join(missing)}")
     return convert_static_state_dict(state, model)

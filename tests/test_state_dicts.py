@@ -69,6 +69,9 @@ def test_keys_that_fit_nothing_are_all_listed():
     state |= {"conv9.weight": torch.zeros(1), "mlp.0.extra": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"2 keys of the static state dict fit nothing .*: conv9.weight, mlp.0.extra$"):
         convert_static_state_dict(state, model)
+    state |= {f"extra.{index}": torch.zeros(1) for index in range(90)}
+    with pytest.raises(ValueError, match=r"92 keys of .*: conv9.weight, mlp.0.extra, extra.0, \.\.\.$"):
+        convert_static_state_dict(state, model)
 
 
 def test_weights_of_another_shape_are_all_listed():
