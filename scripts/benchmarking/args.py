@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 A train step is forward, backward, a step of plain SGD, and zero_grad; at batch 1 KSM's BatchNorm takes its running
 statistics.
 Ctrl-C ends the measuring and keeps what has been measured. The CUDA path is written by the same rules (synchronised,
-CUDA's own memory statistics), but no figure in this project comes from a GPU."""
+CUDA's own memory statistics), but this project's figures of a GPU come from gpu_check.py."""
 
 
 def _positive(text: str) -> int:
