@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.command_line import fail
+from common.command_line import check_device, fail
 from dense.args import DETECTION_HEADS, MASK_HEADS, parse_args
 
 try:
@@ -16,6 +16,7 @@ try:
     import torch
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from timm.layers import freeze_batch_norm_2d
     from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -205,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if steps >= args.steps if args.steps else epochs >= args.epochs:
             print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
             return
+        if args.device == "cuda":
+            check_device(args.device)
         check_name(args.backbone)
         train_set, val_set = create_datasets(args)
         if not resumed:
@@ -234,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.Signals[name])
     except PretrainedError as error:
         raise fail("train_dense.py", unavailable(error, "--initial-checkpoint")) from error
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:
         scores = {key: f"{value:.4f}" for key, value in trainer.callback_metrics.items() if key.startswith("val/")}

@@ -218,6 +218,9 @@ def test_a_backbone_that_is_not_to_be_had_is_one_line(data, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     options = ["--head", "upernet", *SMALL, *masks(data), "--output", str(tmp_path / "run")]
     assert "unknown model resnet18_fdconf, did you mean" in error_of([*options, "--backbone", "resnet18_fdconf"])
+    if not torch.cuda.is_available():
+        assert "--device cuda: " in error_of([*options, "--device", "cuda"])
+    assert "cudaa" in error_of([*options, "--device", "cudaa"])
     detector = ["--head", "faster_rcnn", *SMALL, *boxes(data), "--output", str(tmp_path / "run"), "--pretrained"]
     message = error_of([*detector, "--backbone-kwargs", "num_bands=8"])
     assert "Without a network: --initial-checkpoint FILE" in message and "pretrained_cfg_overlay" not in message
