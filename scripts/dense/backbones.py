@@ -9,6 +9,17 @@ from torch import nn
 LEVELS = (-4, -3, -2, -1)
 
 
+def swin_options(name: str) -> dict[str, Any]:
+    """Keyword arguments for images of any size, and maps (B, C, H, W), that the zoo's Swin has without being asked.
+
+    Args:
+        name: Of a model of timm; others than its static Swin need none.
+    """
+    if timm.model_entrypoint(name.partition(".")[0]).__module__ != "timm.models.swin_transformer":
+        return {}
+    return {"strict_img_size": False, "always_partition": True, "feature_cls": "getter"}
+
+
 def create_backbone(name: str, options: dict[str, Any], levels: tuple[int, ...] = LEVELS) -> nn.Module:
     """Return a timm model of a list of maps.
 

@@ -14,7 +14,7 @@ from transformers import (
     TimmBackboneConfig,
 )
 
-from dense.backbones import LEVELS, create_backbone
+from dense.backbones import LEVELS, create_backbone, swin_options
 from dense.masks import class_masks
 from fdconv_zoo.dense import build_transformers_head
 
@@ -79,7 +79,9 @@ def create_mask2former(args: argparse.Namespace, backbone_options: dict[str, Any
     backbone = create_backbone(args.backbone, backbone_options)
     config = Mask2FormerConfig(
         backbone_config=BackboneConfig(
-            backbone=args.backbone, out_indices=list(LEVELS), options=dict(args.backbone_kwargs)
+            backbone=args.backbone,
+            out_indices=list(LEVELS),
+            options={**swin_options(args.backbone), **args.backbone_kwargs},
         ),
         num_labels=args.num_classes,
         **args.head_kwargs,

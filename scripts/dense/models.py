@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from dense.backbones import LEVELS, create_backbone
+from dense.backbones import LEVELS, create_backbone, swin_options
 from dense.deeplab import UndilatedDeepLabV3Plus
 from fdconv_zoo.dense import FeaturePyramid
 
@@ -27,7 +27,7 @@ def backbone_options(args: argparse.Namespace, resumed: bool) -> dict[str, Any]:
         args: Arguments of train_dense.py.
         resumed: A checkpoint brings the weights, so that none are downloaded or read.
     """
-    options = dict(args.backbone_kwargs)
+    options = {**swin_options(args.backbone), **args.backbone_kwargs}
     if args.initial_checkpoint and not resumed:
         return {**options, "pretrained": True, "pretrained_cfg_overlay": {"file": str(args.initial_checkpoint)}}
     return {**options, "pretrained": args.pretrained and not resumed}
@@ -84,6 +84,7 @@ def create_segmenter(args: argparse.Namespace, resumed: bool) -> tuple[nn.Module
 
         return create_maskdino_segmenter(args, options)
     pretrained = options.pop("pretrained")
+    options.pop("feature_cls", None)  # smp turns the maps itself
     options |= {
         "encoder_name": f"tu-{args.backbone}",
         "encoder_weights": "imagenet" if pretrained else None,  # smp's word for timm's own weights
