@@ -339,7 +339,8 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         needed = [key for key in layer.state_dict() if not key.endswith(OPTIONAL)]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
     if wrong_shapes:
-        raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {_first_three(wrong_shapes, '; ')}")
+        shown = _first_three(wrong_shapes, "; ")
+        raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {shown}")
     if missing:
         raise ValueError(f"the official state dict lacks {len(missing)} keys of FDConv layers: {', '.join(missing)}")
     return convert_static_state_dict(state, model)

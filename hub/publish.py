@@ -32,8 +32,8 @@ DIRT = {
     "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+"),
 }
 # In place of the ways out that are calls of the library.
-NO_WEIGHTS = """Ways out: a mirror (HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`; or a local
-file: python -m hub.publish weights.safetensors --model NAME ..."""
+NO_WEIGHTS = """Ways out: a mirror (HF_ENDPOINT) or a filled cache (HF_HUB_CACHE), see `python -m hub.mirror --help`;
+or a local file: python -m hub.publish weights.safetensors --model NAME ..."""
 EPILOG = """\
 examples:
   python -m hub.publish outputs/flowers --repo me/resnet50_fdconv.flowers --license apache-2.0 --dataset flowers102

@@ -15,7 +15,6 @@ from fdconv_zoo import convert_static_state_dict
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.choice import named_dynamic_layers
 
-
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched
 
