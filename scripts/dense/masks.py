@@ -161,7 +161,8 @@ class MaskFolders(Dataset):
             ValueError: As when an image is taken; names the file.
         """
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            return sum(pool.map(self._check_pair, self.pairs[part])).tolist()
+            counts = list(pool.map(self._check_pair, self.pairs[part]))
+        return torch.stack([torch.zeros(self.num_classes, dtype=torch.long), *counts]).sum(0).tolist()
 
     def _check_pair(self, pair: tuple[Path, Path]) -> Tensor:
         image_path, mask_path = pair

@@ -49,6 +49,7 @@ def test_masks_without_a_class_are_told(data, tmp_path, capsys):
     assert "no pixel" not in capsys.readouterr().err
     folders = open_folders(tmp_path / "train", tmp_path / "train_masks", num_classes=4, reduce_zero_label=False)
     assert folders.check(slice(None), workers=2)[1:] == [0, 0, 0]
+    assert folders.check(slice(99, None), workers=2) == [0] * folders.num_classes  # a rank without an image
 
 
 def test_mask_of_an_unknown_class_is_refused(data):
