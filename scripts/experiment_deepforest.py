@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import train_dense
-from common.command_line import fail
-from common.record import cpu_name, git_commit, timestamp, versions, write_json
-from common.wheels import wheel_file
-from experiments.images import read_image
+from common.command_line import fail, needs_extra
+
+with needs_extra("experiment_deepforest.py", "dense"):
+    import train_dense
+    from common.record import cpu_name, git_commit, timestamp, versions, write_json
+    from common.wheels import wheel_file
+    from experiments.images import read_image
 
 EXAMPLES = """examples:
   pip install --no-deps deepforest

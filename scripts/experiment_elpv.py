@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
-from torchvision.transforms import v2
+from common.command_line import fail, needs_extra
 
-from common.command_line import fail
-from common.demo_data import STATIC, create_demo_model
-from common.training_recipe import Recipe
-from common.wheels import wheel_file
-from experiments.elpv_data import WHEEL, guess_modules, read_cells
-from experiments.image_tensors import ImageTensors
-from experiments.runs import create_parser, experiment, parse_args
+with needs_extra("experiment_elpv.py", "experiments"):
+    import torch
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torch import Tensor, nn
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+    from torchvision.transforms import v2
+
+    from common.demo_data import STATIC, create_demo_model
+    from common.training_recipe import Recipe
+    from common.wheels import wheel_file
+    from experiments.elpv_data import WHEEL, guess_modules, read_cells
+    from experiments.image_tensors import ImageTensors
+    from experiments.runs import create_parser, experiment, parse_args
 
 VARIANTS = {"static": STATIC, "fdconv": f"{STATIC}_fdconv"}
 DESCRIPTION = """Fine-tune MobileNetV2 from ImageNet weights on elpv-dataset: 2,624 grey photos of solar cells.

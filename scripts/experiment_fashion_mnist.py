@@ -8,22 +8,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models.resnet import BasicBlock, ResNet
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
-from torchvision.transforms import v2
+from common.command_line import fail, needs_extra
 
-from common.command_line import fail
-from common.training_recipe import Recipe
-from experiments.fashion_data import FILES, FOLDER, read_split
-from experiments.image_tensors import ImageTensors
-from experiments.runs import create_parser, experiment, parse_args
-from fdconv_zoo import FDConv2d, FDLinear, convert, convert_to_fdconv
-from fdconv_zoo.conversion import named_fd_layers
-from fdconv_zoo.layers.fourier import column_scale
+with needs_extra("experiment_fashion_mnist.py", "experiments"):
+    import torch
+    from timm.models.resnet import BasicBlock, ResNet
+    from torch import Tensor, nn
+    from torch.nn.utils import parametrize
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy
+    from torchvision.transforms import v2
+
+    from common.training_recipe import Recipe
+    from experiments.fashion_data import FILES, FOLDER, read_split
+    from experiments.image_tensors import ImageTensors
+    from experiments.runs import create_parser, experiment, parse_args
+    from fdconv_zoo import FDConv2d, FDLinear, convert, convert_to_fdconv
+    from fdconv_zoo.conversion import named_fd_layers
+    from fdconv_zoo.layers.fourier import column_scale
 
 NUM_BANDS = 16
 CHANNELS = (20, 40)

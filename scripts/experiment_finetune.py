@@ -10,17 +10,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
+from common.command_line import fail, needs_extra
 
-from common.command_line import fail
-from common.record import run_record, write_json
-from experiments.finetune.elpv import SolarCells
-from experiments.finetune.fashion import FashionMnist
-from experiments.finetune.landcover import LandCover
-from experiments.finetune.protocol import PHASES, Protocol, Run
-from experiments.finetune.report import draw, sections
-from experiments.finetune.run import make_run
-from experiments.finetune.tasks import Task
+with needs_extra("experiment_finetune.py", "experiments,dense"):
+    import torch
+
+    from common.record import run_record, write_json
+    from experiments.finetune.elpv import SolarCells
+    from experiments.finetune.fashion import FashionMnist
+    from experiments.finetune.landcover import LandCover
+    from experiments.finetune.protocol import PHASES, Protocol, Run
+    from experiments.finetune.report import draw, sections
+    from experiments.finetune.run import make_run
+    from experiments.finetune.tasks import Task
 
 DATA = {"elpv": SolarCells, "fashion": FashionMnist, "landcover": LandCover}
 EXAMPLES = """examples:

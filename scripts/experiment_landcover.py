@@ -8,20 +8,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import segmentation_models_pytorch as smp
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageColor
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from common.command_line import fail, needs_extra
 
-from common.command_line import fail
-from common.training_recipe import Recipe
-from common.wheels import wheel_file
-from experiments.landcover_data import COLORS, GROUPS, IMAGE, LABELS, LandCoverTiles, cut_tiles, read_map, save_tiles
-from experiments.runs import create_parser, experiment, parse_args
-from fdconv_zoo import convert_to_fdconv
+with needs_extra("experiment_landcover.py", "experiments,dense"):
+    import segmentation_models_pytorch as smp
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image, ImageColor
+    from torch import Tensor, nn
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+    from common.training_recipe import Recipe
+    from common.wheels import wheel_file
+    from experiments.landcover_data import (
+        COLORS,
+        GROUPS,
+        IMAGE,
+        LABELS,
+        LandCoverTiles,
+        cut_tiles,
+        read_map,
+        save_tiles,
+    )
+    from experiments.runs import create_parser, experiment, parse_args
+    from fdconv_zoo import convert_to_fdconv
 
 DESCRIPTION = """Train a small segmentation network on land-cover tiles, with a static ResNet and with FDConv's,
 and compare their mIoU on strips of the earth that none has seen. Images and labels come from two wheels."""

@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 
 from benchmarking.engines import ENGINES
 from common.command_line import check_device
+from common.onnx_file import check_packages
 
 DESCRIPTION = """Measure what FDConv models cost beside their static twins: time, memory, parameters and MACs.
 
@@ -157,6 +158,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--results-file must end in .json, got {args.results_file}")
     if set(args.engines) - {"eager", "compile"} and (args.mode != ["eval"] or args.device != "cpu" or args.amp):
         raise ValueError("--engines are for --mode eval on --device cpu without --amp")
+    if runtimes := [name for name in ("onnxruntime", "openvino") if name in args.engines]:
+        check_packages(*runtimes)
     if args.reference and (args.device != "cpu" or args.amp):
         raise ValueError("--reference runs in full precision on the CPU: give --device cpu and no --amp")
     if args.cpu_time and args.device != "cpu":

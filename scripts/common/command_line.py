@@ -1,6 +1,8 @@
 """What command lines share: the layout of their help, errors in one line, a device that is there."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +19,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def fail(program: str, error: object) -> SystemExit:
     """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
     return SystemExit(f"{program}: error: {' '.join(str(error).split())}")
+
+
+@contextmanager
+def needs_extra(program: str, extra: str) -> Iterator[None]:
+    """Imports of a command: without the extra that brings them it ends in one line that says so."""
+    try:
+        yield
+    except ImportError as error:
+        raise fail(program, f"needs {error.name}: pip install -e '.[{extra}]'") from error
 
 
 def check_device(device: str) -> None:

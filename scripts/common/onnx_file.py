@@ -1,6 +1,7 @@
 """ONNX files: written with their constants once, held to the standard, and opened by two runtimes."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,24 @@ def free_dimensions(batch: bool, size: bool) -> dict[int, Any]:
     return dict.fromkeys([0] * batch + [2, 3] * size, torch.export.Dim.DYNAMIC)
 
 
+def check_packages(*names: str) -> None:
+    """Refuse to write ONNX files where something that it takes is not installed.
+
+    Args:
+        *names: Packages that are needed besides.
+
+    Raises:
+        ValueError: Says what to install.
+    """
+    for name in ("onnx", "onnxscript", "onnx_ir", *names):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ValueError(f"ONNX files need {error.name}: pip install -e '.[onnx]'") from error
+    if not hasattr(torch.onnx, "ops"):
+        raise ValueError(f"torch {torch.__version__} can't write these ONNX files: pip install 'torch>=2.8'")
+
+
 def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any], opset: int | None = None) -> None:
     """Export a model in eval mode and check that the file is what ONNX allows.
 
@@ -37,10 +56,7 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any],
 
     Raises:
         onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError: The file breaks the standard.
-        ImportError: PyTorch is older than 2.8.
     """
-    if not hasattr(torch.onnx, "ops"):
-        raise ImportError(f"torch {torch.__version__} can't write these ONNX files: pip install 'torch>=2.8'")
     import onnx_ir
     from onnx_ir.passes.common import (
         ClearMetadataAndDocStringPass,

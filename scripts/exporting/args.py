@@ -6,6 +6,8 @@ from pathlib import Path
 
 from timm.utils import ParseKwargs
 
+from common.onnx_file import check_packages
+
 DESCRIPTION = "Export a model to ONNX, an exported program or TorchScript, and check the file against the model."
 EXAMPLES = """examples:
   export.py resnet50_fdconv resnet50.onnx                     weights from the Hub; any batch, height and width
@@ -78,12 +80,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.output.suffix not in FORMATS:
         raise ValueError(f"{args.output} must end in one of {', '.join(FORMATS)}: the ending says what to write")
     if args.output.suffix == ".onnx":
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
+        check_packages("onnxruntime")
     if args.opset and args.output.suffix != ".onnx":
         raise ValueError(f"--opset is for .onnx, not for {args.output.suffix}")
     if args.checkpoint and not args.checkpoint.is_file():
