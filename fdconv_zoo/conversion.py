@@ -156,12 +156,16 @@ def convert_to_fdconv(
     return convert(model, "fdconv", include, allow=allow, **kwargs)
 
 
+def _first_three(items: list[str], separator: str = ", ") -> str:
+    return separator.join([*items[:3], "..."] if len(items) > 3 else items)
+
+
 def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
     for problem in PROBLEMS:
         names = [candidate.name for candidate in candidates if candidate.problem == problem]
         if names:
             raise ValueError(
-                f"{len(names)} layers ({', '.join(names[:3])}{', ...' if names[3:] else ''}) are {problem.reason}. "
+                f"{len(names)} layers ({_first_three(names)}) are {problem.reason}. "
                 "Convert another part of the model, leave these with include, or insist with "
                 f"allow=({problem.keyword!r},)"
             )
@@ -185,10 +189,6 @@ def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
             place(model, name, layer)
     for name, layer in layers.items():
         layer.set_static(twins[name].weight, twins[name].bias)
-
-
-def _first_three(items: list[str], separator: str = ", ") -> str:
-    return separator.join([*items[:3], "..."] if len(items) > 3 else items)
 
 
 def _raise_on_unfit(unfit: list[str], what: str) -> None:

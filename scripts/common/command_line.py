@@ -26,7 +26,7 @@ def needs_extra(program: str, extra: str) -> Iterator[None]:
     """Imports of a command: without the extra that brings them it ends in one line that says so."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise fail(program, f"needs {error.name}: pip install -e '.[{extra}]'") from error
 
 

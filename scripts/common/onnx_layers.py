@@ -93,6 +93,8 @@ def kinds_of(model: nn.Module, x: Tensor, free: Mapping[int, Any]) -> dict[str, 
         for name, layer in named_fd_layers(model)
         if type(layer) in (FDConv2d, FDLinear) and not is_hooked(*layer.modules())
     }
+    if not layers:
+        return {}
     shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: shapes[name].append(tuple(args[0].shape)))
