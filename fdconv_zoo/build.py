@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from timm.models import build_model_with_cfg
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from .checkpoint import describe_misfits, fits
 from .choice import named_dynamic_layers
-from .conversion import convert, move_static_weights
+from .conversion import move_static_weights, replace_layers
 from .layers.options import describe_names
-from .pretrained import resolve_pretrained
+from .pretrained import PretrainedError, resolve_pretrained
 
 
 class ConvertedModel(nn.Module):
@@ -20,6 +21,12 @@ class ConvertedModel(nn.Module):
     Options of the dynamic layers are keyword arguments of the model; all others are timm's. KSM's `norm_layer` and
     `act_layer` are called `ksm_norm_layer` and `ksm_act_layer`, since timm's models have their own; those of the other
     methods `attention_norm_layer`. Without pretrained weights the layers start as their paper has it.
+
+    Args:
+        *args: As for timm's model.
+        weights_follow: Weights are loaded next: NaN stands for those of FDConv layers, whose transform takes as long as
+            all the rest. :func:`build_fdconv` sees to it that none is left.
+        **kwargs: As for timm's model, and the layers' options.
 
     Attributes:
         method: What :func:`~fdconv_zoo.convert` converts to.
@@ -34,10 +41,10 @@ class ConvertedModel(nn.Module):
     options: ClassVar[frozenset[str]]
     defaults: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, weights_follow: bool = False, **kwargs: Any) -> None:
         chosen, rest = self._split_options(kwargs)
         super().__init__(*args, **rest)
-        convert(self, self.method, self._rule_within, **{**self.defaults, **chosen})
+        replace_layers(self, self.method, self._rule_within, (), {**self.defaults, **chosen}, weights_follow)
         self._start_from_scratch()
 
     def _start_from_scratch(self) -> None:
@@ -94,6 +101,7 @@ def build_fdconv(
     variant: str,
     pretrained: bool,
     pretrained_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+    pretrained_strict: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a registered model.
@@ -103,13 +111,31 @@ def build_fdconv(
         variant: Registered name without a tag.
         pretrained: Loads pretrained weights.
         pretrained_filter_fn: Converts a checkpoint of the static model.
+        pretrained_strict: Weights that lack a layer are refused, for FDConv layers also where the classifier differs.
         **kwargs: As for timm's `build_model_with_cfg`.
 
     Raises:
         PretrainedError: If the weights can't be had whole.
     """
+    make = model_cls
+    if pretrained and pretrained_strict and getattr(model_cls, "method", None) == "fdconv":
+        make = partial(model_cls, weights_follow=True)
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = resolve_pretrained(
             variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
         )
-    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+    model = build_model_with_cfg(
+        make,
+        variant,
+        pretrained,
+        pretrained_filter_fn=pretrained_filter_fn,
+        pretrained_strict=pretrained_strict,
+        **kwargs,
+    )
+    if left := [name for name, layer in named_dynamic_layers(model) if layer.expects_weights()]:
+        shown = ", ".join([*left[:3], "..."] if len(left) > 3 else left)
+        raise PretrainedError(
+            f"the weights for {variant} lack {len(left)} of its layers, or have NaN there: {shown}. "
+            "pretrained_strict=False leaves such layers as they are drawn."
+        )
+    return model

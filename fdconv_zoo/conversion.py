@@ -107,11 +107,27 @@ def convert(
         TypeError: If `model` is no module, `include` neither function nor names, or an option no number where one is
             wanted.
     """
+    return replace_layers(model, method, include, allow, kwargs)
+
+
+def replace_layers(
+    model: nn.Module,
+    method: str,
+    include: Include | None,
+    allow: Collection[str],
+    given: dict[str, Any],
+    weights_follow: bool = False,
+) -> nn.Module:
+    """:func:`convert`, with its keyword arguments as `given`.
+
+    Args:
+        weights_follow: Weights are loaded next: those of the static layers are not taken over, but NaN stands for them.
+    """
     chosen = find_method(method)
     known = chosen.options
-    if set(kwargs) - known:
+    if set(given) - known:
         raise ValueError(
-            f"{chosen.layers} have no keyword argument {describe_names(set(kwargs) - known)} to choose here, "
+            f"{chosen.layers} have no keyword argument {describe_names(set(given) - known)} to choose here, "
             f"but {', '.join(sorted(known))}"
         )
     keywords = {problem.keyword for problem in PROBLEMS}
@@ -121,7 +137,7 @@ def convert(
     _raise_on_unfit_blocks(candidates)
     layers = {c.name: c.layer for c in candidates if not c.reason}
     shared = find_shared(model, layers.values())
-    options = chosen.plan(model, layers, kwargs)
+    options = chosen.plan(model, layers, given)
     replaced: dict[nn.Module, DynamicLayer] = {}
     for name, layer in layers.items():
         if layer in replaced:
@@ -129,7 +145,7 @@ def convert(
         if layer in shared:
             raise ValueError(f"{name}: {shared[layer]}; leave it with include")
         try:
-            replaced[layer] = chosen.make(layer, options[name])
+            replaced[layer] = chosen.make(layer, options[name], weights_follow)
         except ValueError as error:
             raise ValueError(f"{name or 'the layer'}: {error}") from None
     if not replaced:

@@ -64,11 +64,13 @@ class Method(NamedTuple):
         """Keyword arguments that may be given."""
         return layer_options(self.counterparts[nn.Conv2d].__self__) | self.extra_options
 
-    def make(self, layer: nn.Module, options: Options) -> DynamicLayer:
+    def make(self, layer: nn.Module, options: Options, weights_follow: bool) -> DynamicLayer:
         """The replacement of a static layer, given those of the options that it knows."""
         make = self.counterparts[type(layer)]
         known = layer_options(make.__self__) | {"gain_maps", "warehouse"}
-        return make(layer, **{key: value for key, value in options.items() if key in known})
+        return make(
+            layer, weights_follow=weights_follow, **{key: value for key, value in options.items() if key in known}
+        )
 
 
 METHODS = {

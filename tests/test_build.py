@@ -10,6 +10,7 @@ from torch import nn
 
 from fdconv_zoo.conversion import named_fd_layers
 from fdconv_zoo.layers import fdw
+from fdconv_zoo.pretrained import PretrainedError
 
 
 def layers_of(name, **kwargs):
@@ -86,3 +87,39 @@ def test_groups_are_sorted_once_for_each_size(monkeypatch):
 def test_the_official_name_of_the_bands_is_told():
     with pytest.raises(TypeError, match=r"no keyword argument kernel_num \(the official name of num_bands\); "):
         timm.create_model("resnet18_fdconv", kernel_num=8)
+
+
+@pytest.fixture(scope="module")
+def static():
+    torch.manual_seed(1)
+    return timm.create_model("resnet18").state_dict()
+
+
+class TestWeightsThatFollow:
+    """With pretrained weights the random ones are never transformed, and none of their places is left."""
+
+    def create(self, weights, **kwargs):
+        torch.manual_seed(0)
+        overlay = {"state_dict": weights}
+        return timm.create_model("resnet18_fdconv", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+    @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 3}, {"features_only": True}, {"in_chans": 1}])
+    def test_every_number_is_what_it_is_where_they_are_transformed(self, static, kwargs):
+        one = self.create(static, **kwargs).state_dict()
+        other = self.create(static, pretrained_strict=False, **kwargs).state_dict()
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+    def test_each_weight_is_transformed_once(self, static, monkeypatch):
+        transforms = []
+        monkeypatch.setattr(fdw, "to_spectrum", lambda matrix: transforms.append(matrix))
+        self.create(static)
+        assert not transforms
+
+    @pytest.mark.parametrize("kwargs", [{"num_classes": 3}, {"features_only": True}])
+    def test_weights_without_a_layer_are_refused(self, static, kwargs):
+        partly = {key: value for key, value in static.items() if not key.startswith("layer3.1.")}
+        with pytest.raises(PretrainedError, match=r"lack 2 of its layers.*layer3\.1\.conv1.*pretrained_strict=False"):
+            self.create(partly, **kwargs)
+        drawn = self.create(partly, pretrained_strict=False, **kwargs)
+        assert all(value.isfinite().all() for value in drawn.state_dict().values())

@@ -1,5 +1,6 @@
 """What all layers of this package share, FDConv's and those it is compared with: from and to the static layer."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -115,11 +116,29 @@ class DynamicLayer(nn.Module):
             if not f"{name.replace('parametrizations.', '')}.".startswith(held):
                 yield name, parameter
 
-    def _adopt(self, static: nn.Module) -> None:
+    @torch.jit.ignore
+    @torch.no_grad()
+    def expect_weights(self) -> None:
+        """Leaves the static weight and bias to be loaded, NaN until then; the modulation is set to rest."""
+        for name in self.held:
+            held = attrgetter(name)(self)
+            if held is not None:
+                held.fill_(math.nan)
+        self.reset_modulation()
+
+    @torch.jit.ignore
+    def expects_weights(self) -> bool:
+        """Whether nothing has been loaded since :meth:`expect_weights`."""
+        return not self.holder().is_meta and bool(self.holder().flatten()[0].isnan())
+
+    def _adopt(self, static: nn.Module, weights_follow: bool = False) -> None:
         # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
         if static.weight.is_meta and not next(self.parameters()).is_meta:
             self.to("meta")
-        self.set_static(static.weight, static.bias)
+        if weights_follow:
+            self.expect_weights()
+        else:
+            self.set_static(static.weight, static.bias)
         holders = dict(zip(self.held, (static.weight, static.bias), strict=True))
         for name, parameter in self.named_parameters():
             if name in holders:
@@ -148,11 +167,12 @@ class DynamicConvolution(DynamicLayer):
     unset: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def from_conv(cls, conv: nn.Module, **kwargs: Any) -> Any:
+    def from_conv(cls, conv: nn.Module, *, weights_follow: bool = False, **kwargs: Any) -> Any:
         """Layer that computes the same function as `conv`, on its device, in its dtype and training mode.
 
         Args:
             conv: Source layer, unchanged.
+            weights_follow: The conv's weight and bias are not taken over: others are loaded next (NaN until then).
             **kwargs: Keyword arguments of this class.
 
         Raises:
@@ -179,7 +199,7 @@ class DynamicConvolution(DynamicLayer):
             **cls.unset,
             **kwargs,
         )
-        layer._adopt(conv)
+        layer._adopt(conv, weights_follow)
         return layer.train(conv.training)
 
     @torch.jit.ignore

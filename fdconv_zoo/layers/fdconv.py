@@ -387,11 +387,12 @@ class FDLinear(_FDLayer):
         self.pads = (0, 0, 0, 0)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> "FDLinear":
+    def from_linear(cls, linear: nn.Linear, *, weights_follow: bool = False, **kwargs: Any) -> "FDLinear":
         """Layer that computes the same function as `linear`, on its device, in its dtype and training mode.
 
         Args:
             linear: Source layer, unchanged.
+            weights_follow: As for FDConv2d.from_conv.
             **kwargs: Keyword arguments of FDLinear.
 
         Raises:
@@ -410,7 +411,7 @@ class FDLinear(_FDLayer):
             dtype=linear.weight.dtype,
             **kwargs,
         )
-        layer._adopt(linear)
+        layer._adopt(linear, weights_follow)
         return layer.train(linear.training)
 
     def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:

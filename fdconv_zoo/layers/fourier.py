@@ -92,9 +92,10 @@ def _cut_into_bands(radii: Tensor, num_bands: int) -> Tensor:
     counts = torch.bincount(bins)
     starts = counts.cumsum(0) - counts
     first, last = (_band_of_rank(ranks, len(radii), num_bands) for ranks in (starts, starts + counts - 1))
-    bands = first[bins]
     is_cut = (first != last) & (counts > 0)
-    near = is_cut[bins].nonzero().squeeze(1)
+    # index_select takes int32 as it is, for which indexing makes a copy.
+    bands = first.masked_fill(is_cut, -1).index_select(0, bins)
+    near = (bands < 0).nonzero().squeeze(1)
     order = radii[near].sort(stable=True).indices
     places = near[order]
     # Bins follow each other in this order, each from its own start.
@@ -170,19 +171,35 @@ def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
     return lines_to_rows(torch.fft.ifft(half, dim=0, norm="ortho"), columns).to(spectrum.dtype)
 
 
+def _number_distinct(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Distinct pairs of numbers below `count`, each int32 (R, C), in order, and which of them each pair is.
+
+    Returns:
+        int64 (P,), count times the first number plus the second; int32 (R, C).
+    """
+    pairs = torch.add(second.long(), first, alpha=count)
+    if count**2 > 4 * pairs.numel():
+        distinct, index = torch.unique(pairs, return_inverse=True)
+        return distinct, index.int()
+    # So few are possible that marking them takes less time than sorting.
+    seen = torch.zeros(count**2, dtype=torch.int32, device=pairs.device).index_fill_(0, pairs.flatten(), 1)
+    numbers = seen.cumsum(0, dtype=torch.int32) - 1
+    return seen.nonzero().squeeze(1), numbers.index_select(0, pairs.flatten()).view(pairs.shape)
+
+
 def make_gain_map(bands: Tensor, num_bands: int, columns: int) -> GainMap:
     """Map from the groups of all coefficients, int32 (R, C//2+1), of a matrix of `columns` columns.
 
     The distinct pairs of neighbours are numbered, then the distinct pairs of those, and again. The last coefficient
     of a row is repeated to fill its tile.
     """
-    index = bands.long()
+    index = bands.clone()
     index[:, 1 : (columns + 1) // 2] += num_bands
     missing = -index.shape[1] % 2**TILE_LEVELS
     index = torch.cat([index, index[:, -1:].expand(-1, missing)], dim=1)
     tiles = torch.arange(2 * num_bands, device=index.device)[:, None]
     for _ in range(TILE_LEVELS):
-        pairs, index = torch.unique(index[:, ::2] * len(tiles) + index[:, 1::2], return_inverse=True)
+        pairs, index = _number_distinct(index[:, ::2], index[:, 1::2], len(tiles))
         tiles = torch.cat([tiles[pairs // len(tiles)], tiles[pairs % len(tiles)]], dim=1)
     return GainMap(index.int(), tiles.int())
 

@@ -170,10 +170,11 @@ def test_sgd_on_the_spectrum_is_sgd_on_the_weight(columns, options):
     assert (weight - target).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("size", [(12, 34), (5, 15), (3, 1), (1, 2), (96, 384)])
+# In the last the pairs of neighbours have numbers beyond 32 bits.
+@pytest.mark.parametrize("size", [(12, 34, 9), (5, 15, 9), (3, 1, 3), (1, 2, 2), (96, 384, 9), (300, 400, 60_300)])
 def test_each_coefficient_takes_the_gain_of_its_group(size):
-    rows, columns = size
-    fdw = FDW(rows, columns, min(9, rows * (columns // 2 + 1)))
+    rows, columns, num_bands = size
+    fdw = FDW(rows, columns, num_bands)
     gains = torch.rand(2, fdw.num_bands)
     found = gather_gains(gain_table(gains, 3), fdw().gain_map, columns // 2 + 1)
     inner = torch.where(column_scale(columns) > 1, 3, 1)

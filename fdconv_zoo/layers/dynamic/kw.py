@@ -252,8 +252,8 @@ class KWConv2d(DynamicConv2d):
         super().set_static(weight, bias)
         self._with_pieces(self.bank(), weight.reshape(self.static_shape))
 
-    def _adopt(self, static: nn.Module) -> None:
-        super()._adopt(static)
+    def _adopt(self, static: nn.Module, weights_follow: bool = False) -> None:
+        super()._adopt(static, weights_follow)
         trains, cells_train = static.weight.requires_grad, self.bank().requires_grad
         if self._first[0] is not None and trains != cells_train:
             words = {True: "is trained", False: "is frozen"}
