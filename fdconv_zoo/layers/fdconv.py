@@ -21,7 +21,7 @@ from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .fourier import to_spectrum, weight_to_matrix
 from .ksm import KSM
-from .layout import is_channels_last, to_channels_last
+from .layout import to_channels_last
 from .ops import dynamic_conv2d, leaf, triton
 from .ops.types import Geometry, Inputs
 from .options import check_types, refuse_official_names
@@ -301,7 +301,8 @@ class FDConv2d(_FDLayer, DynamicConvolution):
             raise ValueError(f"input of shape {list(x.shape)}, but FDConv2d takes (B, {self.in_channels}, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"input of dtype {x.dtype}, but FDConv2d takes floating-point numbers")
-        channels_last = is_channels_last(x)
+        # As is_channels_last tells it, without its call in each layer's pass.
+        channels_last = x.stride(1) == 1 and not x.is_contiguous()
         out = self._convolve(x, channels_last, by_kernels)
         return to_channels_last(out) if channels_last else out
 

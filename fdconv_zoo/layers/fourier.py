@@ -160,7 +160,7 @@ def to_spectrum(matrix: Tensor) -> Tensor:
     """
     exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     scale = column_scale(matrix.shape[1], exact.device, exact.dtype)
-    spectrum = torch.view_as_real(torch.fft.rfft2(exact, norm="ortho") * scale)
+    spectrum = torch.view_as_real(torch.fft.rfft2(exact, norm="ortho").mul_(scale))
     return spectrum.to(matrix.dtype)
 
 
@@ -177,14 +177,14 @@ def _number_distinct(first: Tensor, second: Tensor, count: int) -> tuple[Tensor,
     Returns:
         int64 (P,), count times the first number plus the second; int32 (R, C).
     """
-    pairs = torch.add(second.long(), first, alpha=count)
-    if count**2 > 4 * pairs.numel():
-        distinct, index = torch.unique(pairs, return_inverse=True)
+    if count**2 > 4 * first.numel():
+        distinct, index = torch.unique(torch.add(second.long(), first, alpha=count), return_inverse=True)
         return distinct, index.int()
-    # So few are possible that marking them takes less time than sorting.
-    seen = torch.zeros(count**2, dtype=torch.int32, device=pairs.device).index_fill_(0, pairs.flatten(), 1)
-    numbers = seen.cumsum(0, dtype=torch.int32) - 1
-    return seen.nonzero().squeeze(1), numbers.index_select(0, pairs.flatten()).view(pairs.shape)
+    # So few are possible that counting them takes less time than sorting, and that 32 bits are enough.
+    pairs = torch.add(second, first, alpha=count).flatten()
+    is_there = torch.bincount(pairs, minlength=count**2) > 0
+    numbers = is_there.cumsum(0, dtype=torch.int32) - 1
+    return is_there.nonzero().squeeze(1), numbers.index_select(0, pairs).view(first.shape)
 
 
 def make_gain_map(bands: Tensor, num_bands: int, columns: int) -> GainMap:

@@ -66,7 +66,8 @@ class Call(NamedTuple):
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry.of(self.kernel_size, self.stride, self.padding, self.dilation)
+        # As Geometry.of makes it, without its call in each layer's pass.
+        return Geometry(tuple(self.kernel_size), tuple(self.stride), tuple(self.padding), tuple(self.dilation))
 
     @property
     def memory_format(self) -> torch.memory_format:
