@@ -104,6 +104,22 @@ def test_a_claim_wants_its_rates(command):
         command("--phases", "claim")
 
 
+def test_the_best_rate_may_not_be_an_end_of_the_grid(command, tmp_path, monkeypatch):
+    """Nobody knows then what lies beyond: it is to be tuned too, for this task."""
+    quality = {1e-3: 0.1, 1e-2: 0.2, 1e-1: 0.3, 1.0: 0.2}
+
+    def make_run(task, run, *others):
+        return {"measures": {"AUROC": quality[run.recipe.lr]}, "seconds": {"cpu": 1}}
+
+    monkeypatch.setattr(experiment_finetune, "make_run", make_run)
+    grid = [1e-3, 1e-2, 1e-1]
+    with pytest.raises(SystemExit, match=r"best rate of static is 0\.1, an end of the grid: give the task `rates`"):
+        command(rates=grid)
+    tasks = yaml.safe_load((tmp_path / "p.yaml").read_text())["tasks"]
+    command(rates=grid, tasks={"two": {**tasks["two"], "rates": [*grid, 1.0]}})
+    assert json.loads((tmp_path / "r/two/claim/static-fold0-seed0.json").read_text())["settings"]["recipe"]["lr"] == 0.1
+
+
 def test_runs_of_another_protocol_are_refused(command):
     command("--phases", "tune", "--variants", "static")
     with pytest.raises(

@@ -57,6 +57,7 @@ class TaskSettings:
         recipe: What differs from the recipe that all tasks share.
         time_ratio: Time of an update of `fdconv` over one of `static`.
         choice_epochs: Epochs of runs that choose a rate or a variant; None for those of a claim.
+        rates: Its grid of learning rates where it is not that of all; an extended one, for example.
         rates_of: Task whose chosen rates it takes; empty for its own.
         tune: Runs that choose rates, each with every rate of the grid.
         search: Runs that choose a variant.
@@ -68,6 +69,7 @@ class TaskSettings:
     recipe: dict[str, Any]
     time_ratio: float = 1
     choice_epochs: int | None = None
+    rates: list[float] | None = None
     rates_of: str = ""
     tune: Plan | None = None
     search: Plan | None = None
@@ -160,10 +162,15 @@ class Protocol:
         for seed in plan.seeds:
             for fold in plan.folds:
                 for variant in plan.variants:
-                    rates = self.rates if phase == "tune" else [self.chosen_rate(task, variant, fold)]
+                    rates = self.grid(task) if phase == "tune" else [self.chosen_rate(task, variant, fold)]
                     for rate in rates:
                         recipe = self.run_recipe(task, phase, variant, rate)
                         yield Run(task=task, phase=phase, variant=variant, fold=fold, seed=seed, recipe=recipe)
+
+    def grid(self, task: str) -> list[float]:
+        """Learning rates that a task tunes."""
+        own = self.tasks[task].rates
+        return self.rates if own is None else own
 
     def run_recipe(self, task: str, phase: str, variant: str, rate: float) -> Recipe:
         """Recipe of a run: the shared one, what the task changes, what the variant changes, and the rate."""
@@ -179,7 +186,8 @@ class Protocol:
         """The rate with the best first measure, on average over seeds, among the runs that tuned it for this fold.
 
         Raises:
-            ValueError: They are not complete.
+            ValueError: They are not complete, or the best of three rates and more is an end of the grid: a better one
+                may lie beyond.
         """
         task = self.tasks[task].rates_of or task
         variant = self.variants[variant].rate_of or variant
@@ -189,7 +197,8 @@ class Protocol:
         # a tuning fold stands for all folds up to the next one
         fold = max(each for each in plan.folds if each <= fold)
         scores: dict[float, float] = {}
-        for rate in self.rates:
+        grid = self.grid(task)
+        for rate in grid:
             recipe = self.run_recipe(task, "tune", variant, rate)
             total = 0.0
             for seed in plan.seeds:
@@ -199,7 +208,13 @@ class Protocol:
                     raise ValueError(f"{task}: the rate of {variant} is not chosen yet, {self.path(run)} is missing")
                 total += next(iter(found["measures"].values()))
             scores[rate] = total / len(plan.seeds)
-        return max(scores, key=lambda rate: scores[rate])
+        best = max(scores, key=lambda rate: scores[rate])
+        if len(grid) > 2 and best in (min(grid), max(grid)):
+            raise ValueError(
+                f"{task}: the best rate of {variant} is {best:g}, an end of the grid: give the task `rates` with one "
+                "more beyond it and tune that for all variants (phase 1 of the protocol)"
+            )
+        return best
 
     def settings(self, run: Run) -> dict[str, Any]:
         """What a run's figures follow from, beside code and machine."""
