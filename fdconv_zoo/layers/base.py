@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .ops import Entry
 
-class DynamicLayer(nn.Module):
+
+class DynamicLayer(Entry):
     """A layer that makes a weight for each sample, in place of a static layer.
 
     The static weight is what it computes with where its modulation is at rest. A layer made from a static one is so and

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.fx
 from timm.layers import register_notrace_module, to_2tuple
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .fdw import FDW, GainMaps
 from .fourier import to_spectrum, weight_to_matrix
 from .ksm import KSM
 from .layout import to_channels_last
-from .ops import dynamic_conv2d, leaf, triton
+from .ops import dynamic_conv2d
 from .ops.types import Geometry, Inputs
 from .options import check_types, refuse_official_names
 from .padding import explicit_pads
@@ -161,23 +160,6 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
             self.bias.copy_(bias)
         self.reset_modulation()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes the layer's function of x: see the class for its shape."""
-        # Scripts know neither torch.fx nor autocast; elsewhere x is rounded as for a convolution, and the spectra stay
-        # exact.
-        if torch.jit.is_scripting():
-            return self._compute(x, False)
-        else:
-            if isinstance(x, torch.fx.Proxy):
-                return leaf(self, x)
-            device = x.device.type
-            by_kernels = self.fused and device == triton.DEVICE
-            if device == "meta" or not x.is_floating_point() or not torch.is_autocast_enabled(device):
-                return self._compute(x, by_kernels)
-            dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
-                return self._compute(x.to(dtype), by_kernels)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Tells FDW of pickles from before it knew the kernel."""
         super().__setstate__(state)
@@ -189,7 +171,7 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
     def _convolve(self, x: Tensor, channels_last: bool, by_kernels: bool) -> Tensor:
         geometry, spectrum = self._geometry(), self.fdw()
         exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
-        gates = self.ksm(x.mean([2, 3], dtype=exact_dtype), by_kernels)
+        gates = self.ksm(x.mean([2, 3], dtype=exact_dtype), by_kernels and self.fused)
         if self.fbm is not None:
             x = self.fbm(x)
         inputs, scale, bias = Inputs(x, gates, spectrum), self.filter_scale, self.bias

@@ -111,7 +111,7 @@ class CondConv2d(DynamicConv2d):
         """The experts (n, Cout, Cin/groups, kh, kw)."""
         return self.conv.weight.view(-1, *self.static_shape)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         routing = torch.sigmoid(self.routing_fn(pooled(x)))
         channels = self.in_channels // self.groups
         experts = self.conv.weight.view(-1, self.out_channels, channels, self.kernel_size[0], self.kernel_size[1])

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 import torch
-import torch.fx
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..base import DynamicConvolution
 from ..layout import is_channels_last, to_channels_last
-from ..ops import leaf, mixed_conv2d
+from ..ops import mixed_conv2d
 from ..ops.types import Geometry
 from ..padding import explicit_pads
 
@@ -78,29 +77,16 @@ class DynamicConv2d(DynamicConvolution):
 
         return super()._apply(move, recurse)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes the layer's function of x (B, Cin, H, W)."""
-        # As FDConv's: scripts know neither torch.fx nor autocast; elsewhere x is rounded as for a convolution, and what
-        # the attention is made from stays exact.
-        if torch.jit.is_scripting():
-            return self._compute(x)
-        else:
-            if isinstance(x, torch.fx.Proxy):
-                return leaf(self, x)
-            if x.dim() != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
-                raise ValueError(
-                    f"input of shape {list(x.shape)} and dtype {x.dtype}, but {type(self).__name__} takes "
-                    f"(B, {self.in_channels}, H, W) of floating-point numbers"
-                )
-            channels_last = is_channels_last(x)
-            device = x.device.type
-            if device == "meta" or not torch.is_autocast_enabled(device):
-                out = self._compute(x)
-            else:
-                dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-                with torch.autocast(device, enabled=False):
-                    out = self._compute(x.to(dtype))
-            return to_channels_last(out) if channels_last else out
+    def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:
+        """Convolves x (B, Cin, H, W) with a kernel of its own for each sample."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
+            raise ValueError(
+                f"input of shape {list(x.shape)} and dtype {x.dtype}, but the layer takes "
+                f"(B, {self.in_channels}, H, W) of floating-point numbers"
+            )
+        channels_last = is_channels_last(x)
+        out = self._convolve(x)
+        return to_channels_last(out) if channels_last else out
 
     def _geometry(self) -> Geometry:
         return Geometry(self.kernel_size, self.stride, self.pads, self.dilation)

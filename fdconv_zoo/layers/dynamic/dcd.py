@@ -160,7 +160,7 @@ class DCDConv2d(DynamicConv2d):
         """The static kernel W0 (Cout, Cin, kh, kw)."""
         return self.conv.weight
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         pooled = F.adaptive_avg_pool2d(exact, self.pool).flatten(1) if self.pool > 1 else exact.mean([2, 3])
         fusion, scale = self.attention(pooled)

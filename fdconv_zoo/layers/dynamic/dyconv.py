@@ -135,7 +135,7 @@ class DYConv2d(DynamicConv2d):
         """The kernels (K, Cout, Cin/groups, kh, kw)."""
         return self.kernels
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         attention = self.attention(pooled(x))
         out = self._mix(x, attention.unsqueeze(1), self.kernels, None)
         biases = self.biases

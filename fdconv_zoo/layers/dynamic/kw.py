@@ -276,5 +276,5 @@ class KWConv2d(DynamicConv2d):
         pieces = bank[torch.tensor(self.attention.column_list)].view(kh, kw, filters // co, channels // ci, co, ci)
         return pieces.permute(2, 4, 3, 5, 0, 1).reshape(self.static_shape) / (1 + NORM_FLOOR)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         return add_bias(self._mix(x, self.attention(pooled(x)), self.bank(), None), self.bias)

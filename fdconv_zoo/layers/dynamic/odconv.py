@@ -189,7 +189,7 @@ class ODConv2d(DynamicConv2d):
         """The kernels (K, Cout, Cin/groups, kh, kw)."""
         return self.kernels
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         gates = self.attention(pooled(x))
         filters, positions, shares = gates.filters, gates.positions, gates.kernels
         x = x * gates.channels.to(x.dtype)[:, :, None, None]

@@ -60,6 +60,30 @@ def leaf(module: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
+class Entry(nn.Module):
+    """The way into a layer of one input: as torch.jit, torch.fx and autocast want it.
+
+    Subclasses compute in `_compute(x, by_kernels)`; `by_kernels` says that x is where a GPU's kernels may compute.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes the layer's function of x: see the class for its shape."""
+        # Scripts know neither torch.fx nor autocast; elsewhere x is rounded as for a convolution, and what the gates
+        # and the weight are made from stays exact.
+        if torch.jit.is_scripting():
+            return self._compute(x, False)
+        else:
+            if isinstance(x, torch.fx.Proxy):
+                return leaf(self, x)
+            device = x.device.type
+            by_kernels = device == triton.DEVICE
+            if device == "meta" or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+                return self._compute(x, by_kernels)
+            dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return self._compute(x.to(dtype), by_kernels)
+
+
 def dynamic_conv2d(
     inputs: Inputs, geometry: Geometry, bias: Tensor | None, channels_last: bool, recompute: bool, fused: bool
 ) -> Tensor:
