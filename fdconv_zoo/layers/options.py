@@ -32,14 +32,18 @@ def check_types(num_bands: Any, reduction: Any, cutoffs: Any, mask_grid: Any) ->
         mask_grid: None or an integer.
     """
     for name, value, wanted, fits in (
-        ("num_bands", num_bands, "an integer", isinstance(num_bands, Integral)),
-        ("reduction", reduction, "a number", isinstance(reduction, Real)),
+        ("num_bands", num_bands, "an integer", _is_number(num_bands, Integral)),
+        ("reduction", reduction, "a number", _is_number(reduction, Real)),
         ("cutoffs", cutoffs, "a sequence of numbers", _are_numbers(cutoffs)),
-        ("mask_grid", mask_grid, "None or an integer", mask_grid is None or isinstance(mask_grid, Integral)),
+        ("mask_grid", mask_grid, "None or an integer", mask_grid is None or _is_number(mask_grid, Integral)),
     ):
         if not fits:
             raise TypeError(f"{name}={value!r}, but it must be {wanted}")
 
 
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # Python's True is an integer, 1
+
+
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(value, Real) for value in values)
+    return isinstance(values, list | tuple) and all(_is_number(value, Real) for value in values)

@@ -35,6 +35,10 @@ def test_impossible_layers_are_named(keywords, message):
     [
         ({"num_bands": "8"}, "num_bands='8', but it must be an integer"),
         ({"num_bands": 8.0}, "num_bands=8.0, but it must be an integer"),
+        ({"num_bands": True}, "num_bands=True, but it must be an integer"),
+        ({"reduction": True}, "reduction=True, but it must be a number"),
+        ({"cutoffs": (True,)}, r"cutoffs=\(True,\), but it must be a sequence of numbers"),
+        ({"mask_grid": True}, "mask_grid=True, but it must be None or an integer"),
         ({"reduction": "1/16"}, "reduction='1/16', but it must be a number"),
         ({"cutoffs": 0.25}, "cutoffs=0.25, but it must be a sequence of numbers"),
         ({"cutoffs": "0.25"}, "cutoffs='0.25', but it must be a sequence of numbers"),
