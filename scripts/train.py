@@ -33,7 +33,7 @@ from fdconv_zoo.checkpoint import strip_prefixes
 from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, ValidationLoader
-from training.datasets import check_classes, class_names, create_datasets
+from training.datasets import check_classes, class_names, create_datasets, synthetic_datasets
 from training.log import RunLog
 from training.run import Run
 from training.workers import workers_end
@@ -143,6 +143,7 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
     state = load_state(state_path) if args.resume not in (None, "auto") or state_path.exists() else None
 
+    datasets = None if args.synthetic else create_datasets(args)  # a mistake in them shall not cost a download
     random_seed(args.seed)  # the same initial weights in all processes
     task = create_task(args, device, resumed=state is not None)
     model = unwrap_model(task.get_trainable_module())
@@ -151,7 +152,7 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
     data_config = resolve_data_config(vars(args), model=model)
     data_config["input_size"] = (args.in_chans, *data_config["input_size"][1:])
     check_image_size(model, data_config["input_size"][1:])
-    train_set, val_set = create_datasets(args, model.num_classes, data_config["input_size"])
+    train_set, val_set = datasets or synthetic_datasets(args, model.num_classes, data_config["input_size"])
     check_classes(train_set, model.num_classes, chosen=args.num_classes is not None)
     place = {"device": device, "rank": rank, "world_size": world_size}
     train_loader = TrainLoader(train_set, args, data_config, **place)

@@ -1,7 +1,9 @@
 """Images of timm's readers as 8-bit pictures, and what is done about those that can't be read."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -73,6 +75,25 @@ def check_range(image: Image.Image, name: Callable[[], str]) -> None:
             f"{name()} has {'floating-point' if image.mode == 'F' else '32-bit integer'} pixels, whose black and white "
             "nobody knows: save it with 8 or 16 bits"
         )
+
+
+def check_ranges(paths: Sequence[str], workers: int) -> None:
+    """Refuse the first of some files, by their headers, whose pixels have no known range; what is corrupt is left.
+
+    Args:
+        paths: Of images; among a folder's only TIFFs need it.
+        workers: Threads that read.
+
+    Raises:
+        UnusableImagesError: See :func:`check_range`.
+    """
+
+    def check(path: str) -> None:
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
+            check_range(image, lambda: path)
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        list(pool.map(check, paths))
 
 
 def load_image(path: str, mode: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,36 +15,49 @@ from torch.utils.data import Dataset
 from torchvision.datasets import FakeData, ImageFolder
 
 from common.image_folders import FolderReader, describe_named, find_split
-from common.images import ImageSet, load_image
+from common.images import ImageSet, check_ranges, load_image
 
 IMAGENET_IMAGES = 1_281_167
 _logger = logging.getLogger("train")
 
 
-def create_datasets(args: argparse.Namespace, num_classes: int, input_size: tuple[int, int, int]) -> list[Dataset]:
-    """Training set and validation set.
+def create_datasets(args: argparse.Namespace) -> list[Dataset]:
+    """Training set and validation set; nothing of the model is needed, so that mistakes are told before its download.
+
+    Args:
+        args: Arguments of train.py.
+
+    Raises:
+        ValueError: The data can't be opened, or their labels don't fit each other.
+        UnusableImagesError: A TIFF has pixels of unknown range.
+    """
+    if not args.dataset and not Path(args.data_dir).exists():
+        raise ValueError(f"there is no data directory {args.data_dir}")
+    mode = "L" if args.in_chans == 1 else "RGB"
+    train, val = _open_folders(args, mode) if not args.dataset else _open_named(args, mode)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for split in (train, val):
+        paths = [path for path, _ in _samples(split) if path.lower().endswith((".tif", ".tiff"))]
+        check_ranges(paths[rank::world_size], args.workers)
+    return [train, val]
+
+
+def synthetic_datasets(args: argparse.Namespace, num_classes: int, input_size: tuple[int, int, int]) -> list[Dataset]:
+    """Random images in place of both sets, as many for training as ImageNet has.
 
     Args:
         args: Arguments of train.py.
         num_classes: Classes of the model.
         input_size: (channels, height, width) of the images.
-
-    Raises:
-        ValueError: The data can't be opened, or their labels don't fit ``num_classes`` or each other.
     """
-    if args.synthetic:
-        sizes = IMAGENET_IMAGES, args.validation_batch_size or args.batch_size
-        return [FakeData(size, input_size, num_classes, random_offset=args.seed) for size in sizes]
+    sizes = IMAGENET_IMAGES, args.validation_batch_size or args.batch_size
+    return [FakeData(size, input_size, num_classes, random_offset=args.seed) for size in sizes]
 
-    if not args.dataset and not Path(args.data_dir).exists():
-        raise ValueError(f"there is no data directory {args.data_dir}")
-    mode = "L" if input_size[0] == 1 else "RGB"
-    train, val = _open_folders(args, mode) if not args.dataset else _open_named(args, mode)
-    labels = class_numbers(train)
-    if labels and max(labels.values()) >= num_classes:
-        count = max(labels.values()) + 1
-        raise ValueError(f"the data has {count} classes, the model {num_classes}: give --num-classes {count}")
-    return [train, val]
+
+def _samples(dataset: Dataset) -> list[tuple[str, int]]:
+    """Paths and labels of a data set of one file an image, empty for others."""
+    source = getattr(dataset, "reader", dataset)
+    return source.samples if isinstance(source, FolderReader | ImageFolder) else []
 
 
 def _open_folders(args: argparse.Namespace, mode: str) -> list[Dataset]:
@@ -141,7 +155,7 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
 
 
 def check_classes(dataset: Dataset, num_classes: int, chosen: bool) -> None:
-    """Refuse a training set that the model's outputs are not made for; say so where they were chosen.
+    """Refuse a training set that the model's outputs are not made for; say so where more of them were chosen.
 
     Args:
         dataset: The training set.
@@ -149,9 +163,12 @@ def check_classes(dataset: Dataset, num_classes: int, chosen: bool) -> None:
         chosen: The user gave their number.
 
     Raises:
-        ValueError: There is one class only, or there are more outputs than classes and nobody chose so.
+        ValueError: There is one class only, or there are fewer outputs than classes, or more and nobody chose so.
     """
     labels = class_numbers(dataset)
+    if labels and max(labels.values()) >= num_classes:
+        count = max(labels.values()) + 1
+        raise ValueError(f"the data has {count} classes, the model {num_classes}: give --num-classes {count}")
     if len(labels) == 1:
         raise ValueError(f"the training set has one class only, {next(iter(labels))}: a classifier needs two")
     if labels and len(labels) < num_classes:

@@ -13,7 +13,7 @@ SPLITS = ("train/a", "train/b", "train/c")
 
 
 def open_sets(root, *options):
-    return create_datasets(parse_args(["--data-dir", str(root), *options]), 1000, (3, 32, 32))
+    return create_datasets(parse_args(["--data-dir", str(root), *options]))
 
 
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder"])

@@ -197,6 +197,29 @@ def test_an_image_of_unknown_range_ends_the_run_in_one_line(tmp_path):
 
     data = write_images(tmp_path / "data", "train/ant", "train/bee", "val/ant", "val/bee")
     write_sixteen_bits(data / "train" / "ant" / "0.png", 30000)
-    Image.new("F", (32, 32), 0.5).save(data / "val" / "bee" / "float.tif")
-    assert error_of(data, tmp_path / "run", "-j", 1).startswith("bee/float.tif has floating-point pixels")
+    image = Image.new("F", (32, 32), 0.5)
+    # its ending does not tell that it is a TIFF
+    image.save(data / "val" / "bee" / "float.png", format="TIFF")
+    assert error_of(data, tmp_path / "run", "-j", 1).startswith("bee/float.png has floating-point pixels")
     assert load_file(tmp_path / "run" / "last.safetensors")  # the epoch before was saved
+
+
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_tiff_of_unknown_range_is_told_before_the_first_step(tmp_path, split, dataset):
+    from PIL import Image
+
+    data = write_images(tmp_path / "data", "train/ant", "train/bee", "val/ant", "val/bee", ending=".tif")
+    (data / "train" / "ant" / "cut.tif").write_text("no image")  # left out later, as all that can't be read
+    path = data / split / "bee" / "float.TIFF"
+    Image.new("F", (32, 32), 0.5).save(path)
+    assert error_of(data, tmp_path / "run", "--dataset", dataset).startswith(f"{path} has floating-point pixels")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("place", "told"), [("nowhere", "there is no data directory"), (".", "no folder for the split")])
+def test_data_are_looked_at_before_weights_are_downloaded(place, told, tmp_path, offline):
+    options = ["--model", "resnet18_fdconv", "--pretrained"]
+    assert told in error_of(tmp_path / place, tmp_path / "run", *options)
+    data = write_images(tmp_path / "data", "train/ant", "train/bee", "val/ant", "val/cat")
+    assert "unknown classes: cat" in error_of(data, tmp_path / "run", *options)

@@ -14,7 +14,7 @@ from train_runs import photo_folder, photos
 from common.sampler import SampleKey, SeededDataset, seeded
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, ValidationLoader
-from training.datasets import create_datasets
+from training.datasets import check_classes, create_datasets
 from training.sampler import ResumableSampler
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 def train_loader(*options, rank=0, world_size=1):
     args = parse_args(["-b", "4", "--img-size", "32", "--aa", "rand-m9-mstd0.5", *map(str, options)])
     config = resolve_data_config(vars(args), pretrained_cfg={})
-    train_set, _ = create_datasets(args, 1000, config["input_size"])
+    train_set, _ = create_datasets(args)
     return TrainLoader(train_set, args, config, CPU, rank, world_size)
 
 
@@ -160,7 +160,7 @@ def test_hugging_face_data_set_resumes_to_the_same_batches(folder, tmp_path, mon
 def test_validation_of_a_stream_sees_each_image_once(tmp_path):
     args = parse_args(["-b", "4", "-j", "1", "--img-size", "32", *map(str, shards(tmp_path))])
     config = resolve_data_config(vars(args), pretrained_cfg={})
-    _, val_set = create_datasets(args, 1000, config["input_size"])
+    _, val_set = create_datasets(args)
     loader = ValidationLoader(val_set, args, config, CPU, 0, 1)
     assert sum(len(labels) for _, labels in loader) == 20
 
@@ -168,13 +168,13 @@ def test_validation_of_a_stream_sees_each_image_once(tmp_path):
 def test_too_many_labels_for_the_model_is_an_error_that_says_what_to_do(folder):
     args = parse_args(["--data-dir", str(folder)])
     with pytest.raises(ValueError, match="2 classes, the model 1: give --num-classes 2"):
-        create_datasets(args, 1, (3, 32, 32))
+        check_classes(create_datasets(args)[0], 1, chosen=True)
 
 
 def test_missing_data_is_an_error_that_names_the_place(tmp_path):
     args = parse_args(["--data-dir", str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match="nowhere"):
-        create_datasets(args, 1000, (3, 32, 32))
+        create_datasets(args)
 
 
 def test_fewer_images_than_a_batch_is_an_error(folder):
