@@ -78,7 +78,7 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 
 
 def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> None:
-    """Say a line of each split, with what is not used of it; read all masks, each process its part of them.
+    """Say a line of each split, with what is not used of it; read masks or images' headers, each process its part.
 
     Args:
         args: Arguments of train_dense.py.
@@ -86,16 +86,17 @@ def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Datase
         val_set: Images for validation.
 
     Raises:
-        ValueError: A mask can't be used; names it. Or those for training have one class only.
+        ValueError: A mask or an image can't be used; names it. Or the masks for training have one class only.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if rank == 0:
         print(train_set.describe(), val_set.describe(), sep="\n", file=sys.stderr)
+    files = "headers of images" if args.head in DETECTION_HEADS else "masks"
+    if rank == 0:
+        print(f"reading {len(train_set)} + {len(val_set)} {files}", file=sys.stderr, flush=True)
+    pixels, _ = (dataset.check(slice(rank, None, world), args.workers) for dataset in (train_set, val_set))
     if args.head in DETECTION_HEADS:
         return
-    if rank == 0:
-        print(f"reading {len(train_set)} + {len(val_set)} masks", file=sys.stderr, flush=True)
-    pixels, _ = (dataset.check(slice(rank, None, world), args.workers) for dataset in (train_set, val_set))
     absent = [label for label, count in enumerate(pixels) if not count]
     if absent and world == 1:
         told = (

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 from torchvision.tv_tensors import Image as ImageTensor
 
-from common.images import load_image
+from common.images import check_range, load_image
 
 Target = dict[str, Tensor]
 KEYS = ("boxes", "labels", "iscrowd", "area")
+ROUNDED = 1  # pixels that a box may lie beyond its image by rounding, as COCO's own do
 
 
 class CocoObjects(CocoDetection):
     """torchvision's data set with the objects that a detector learns, and errors that name the file.
 
-    Labels, in place of the categories' ids, are 1 and up in the order of the ids. Objects without an area are left out.
+    Labels, in place of the categories' ids, are 1 and up in the order of the ids. Objects without an area, or outside
+    of their image, are left out; boxes that lie partly outside are cut off at its edge.
 
     Args:
         images: Folder of the images.
@@ -35,6 +38,7 @@ class CocoObjects(CocoDetection):
 
     Attributes:
         left_out: What of the json is not used, in words, with its number.
+        cut_off: Number of boxes that were cut off.
 
     Raises:
         ValueError: The json can't be used, an image is missing, or no image is left.
@@ -61,6 +65,7 @@ class CocoObjects(CocoDetection):
         unknown = {entry["category_id"] for entry in self.coco.anns.values()} - set(self.categories)
         if unknown:
             raise ValueError(f"{annotations} has objects of unknown category_id {sorted(unknown)[:5]}")
+        self.cut_off = 0
         self.left_out = self._check_objects(annotations, with_masks)
         listed = len(self.ids)
         self.ids = [key for key in self.ids if not train or self._load_target(key)]
@@ -77,14 +82,20 @@ class CocoObjects(CocoDetection):
     def _check_objects(self, annotations: Path, with_masks: bool) -> Counter[str]:
         """Count the objects that can't be used; refuse those that should have been usable."""
         left_out: Counter[str] = Counter()
-        for entry in self.coco.anns.values():
+        entries = self.coco.dataset["annotations"]  # `coco.anns` has one of those with the same id
+        for entry in entries:
             box = entry.get("bbox")
             if not isinstance(box, list) or len(box) != 4:
                 raise ValueError(f"{annotations}: object {entry['id']} has the bbox {box}, not [x, y, width, height]")
+        if entries and all(0 <= value <= 1 for entry in entries for value in entry["bbox"]):
+            raise ValueError(f"{annotations}: all boxes lie between 0 and 1, but those of COCO are in pixels")
+        for entry in entries:
             if entry["image_id"] not in self.coco.imgs:
                 left_out["objects of images that are not listed"] += 1
-            elif min(box[2:]) <= 0:
+            elif min(entry["bbox"][2:]) <= 0:
                 left_out["objects without an area"] += 1
+            elif not self._lies_inside(entry):
+                left_out["objects outside of their image"] += 1
             elif self.train and entry.get("iscrowd", 0):
                 left_out["crowds"] += 1
             elif with_masks and not entry.get("segmentation"):
@@ -94,11 +105,64 @@ class CocoObjects(CocoDetection):
                 )
         return left_out
 
+    def _lies_inside(self, entry: dict[str, Any]) -> bool:
+        """Cut an object's box off at the edge of its image; whether something is left of it."""
+        size = self._image_size(entry["image_id"])
+        if size is None:
+            return True
+        x, y, width, height = entry["bbox"]
+        left, top, right, bottom = max(x, 0), max(y, 0), min(x + width, size[0]), min(y + height, size[1])
+        if max(left - x, top - y, x + width - right, y + height - bottom) > ROUNDED:
+            entry["bbox"] = [left, top, max(right - left, 0), max(bottom - top, 0)]
+            if "area" in entry:
+                entry["area"] = min(entry["area"], entry["bbox"][2] * entry["bbox"][3])
+            self.cut_off += right > left and bottom > top
+        return right > left and bottom > top
+
+    def _image_size(self, id: int) -> tuple[int, int] | None:
+        """Width and height by the json, by the file where it has none; None where that can't be read either."""
+        image = self.coco.imgs[id]
+        if image.get("width") and image.get("height"):
+            return image["width"], image["height"]
+        with contextlib.suppress(OSError, SyntaxError), Image.open(self.root / image["file_name"]) as file:
+            return file.size
+        return None
+
+    def check(self, part: slice, workers: int) -> None:
+        """Read the headers of images, before a training breaks off at one, or goes by boxes of other pixels.
+
+        Args:
+            part: Which of the images.
+            workers: Threads that read.
+
+        Raises:
+            ValueError: A file can't be read, or has another size than the json says; names it.
+            UnusableImagesError: Its pixels have no known range.
+        """
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            list(pool.map(self._check_image, self.ids[part]))
+
+    def _check_image(self, id: int) -> None:
+        path = self.root / self.coco.imgs[id]["file_name"]
+        try:
+            with Image.open(path) as image:
+                check_range(image, lambda: str(path))
+                size = image.size
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"can't read {path}: {error}") from error
+        if size != (said := self._image_size(id)):
+            raise ValueError(
+                f"{path} is {size[0]} x {size[1]} pixels, by {self.annotations} {said[0]} x {said[1]}: "
+                "its boxes are those of another size"
+            )
+
     def describe(self) -> str:
-        """A line: images, categories, and what of the json is not used."""
+        """A line: images, categories, what of the json is not used, and what is cut off."""
         left_out = ", ".join(f"{count} {what}" for what, count in self.left_out.items() if count)
         line = f"{self.annotations}: {len(self)} images, {len(self.categories)} categories"
-        return f"{line}, left out {left_out}" if left_out else line
+        if left_out:
+            line += f", left out {left_out}"
+        return f"{line}, {self.cut_off} boxes cut off at the edge of their image" if self.cut_off else line
 
     def _load_image(self, id: int) -> Image.Image:
         try:

@@ -83,6 +83,53 @@ def test_what_is_left_out_is_counted(data, odd):
     assert described == f"{whole}: 4 images, 2 categories"
 
 
+@pytest.mark.parametrize("sizes", [True, False])
+def test_boxes_beyond_their_image_are_cut_off_or_left_out(data, tmp_path, sizes):
+    content = json.loads((data / "train.json").read_text())
+    # images of 96 x 80, then 96 x 96 pixels; the ids are all alike, as in many a json made by hand
+    boxes = [[60, 80, 30, 30], [80, 10, 5, 5], [-10, -5, 30.5, 20], [66.3, 66, 30.5, 30]]
+    for entry, box in zip(content["annotations"], boxes, strict=False):
+        entry.update(bbox=box, area=900, id=1)
+    if not sizes:
+        for image in content["images"]:
+            del image["width"], image["height"]
+    path = tmp_path / "beyond.json"
+    path.write_text(json.dumps(content))
+    dataset = coco_boxes(data / "train", path, with_masks=True, train=False)
+    assert dataset.describe() == (
+        f"{path}: 4 images, 2 categories, left out 1 objects outside of their image, "
+        "2 boxes cut off at the edge of their image"
+    )
+    dataset.check(slice(None), 1)
+    first, second = dataset[0][1], dataset[1][1]
+    assert (first["boxes"].tolist(), first["area"].tolist()) == ([[60, 80, 80, 96]], [320])
+    assert second["boxes"].flatten().tolist() == pytest.approx([0, 0, 20.5, 15, 66.3, 66, 96.8, 96])  # rounded
+
+
+def test_boxes_between_0_and_1_are_refused(data, tmp_path):
+    content = json.loads((data / "train.json").read_text())
+    for entry in content["annotations"]:
+        entry["bbox"] = [value / 100 for value in entry["bbox"]]
+    path = tmp_path / "shares.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="all boxes lie between 0 and 1, but those of COCO are in pixels"):
+        coco_boxes(data / "train", path, with_masks=False, train=True)
+
+
+def test_images_of_another_size_than_the_json_says_are_refused(data, tmp_path):
+    for path in (data / "train").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    dataset = coco_boxes(tmp_path, data / "train.json", with_masks=False, train=True)
+    dataset.check(slice(None), 2)
+    Image.new("RGB", (96, 80)).save(tmp_path / "2.png")
+    with pytest.raises(ValueError, match=r"2\.png is 96 x 80 pixels, by .*train\.json 80 x 96: "):
+        dataset.check(slice(None), 2)
+    dataset.check(slice(1, None, 2), 2)
+    (tmp_path / "1.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"can't read .*1\.png"):
+        dataset.check(slice(None), 2)
+
+
 def test_sixteen_bits_become_eight_and_floats_are_refused(data, tmp_path):
     for path in (data / "train").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
