@@ -24,7 +24,7 @@ try:
     from common.recipes import save_args
     from common.sampler import SeededDataset
     from dense.coco import coco_boxes, collate
-    from dense.masks import MaskFolders
+    from dense.masks import MaskFolders, sum_over_processes
     from dense.models import create_detector, create_segmenter, normalization
     from dense.modules import DenseModule, DetectionModule, SegmentationModule
     from dense.progress import LossLines
@@ -97,8 +97,9 @@ def tell_and_check(args: argparse.Namespace, train_set: Dataset, val_set: Datase
     pixels, _ = (dataset.check(slice(rank, None, world), args.workers) for dataset in (train_set, val_set))
     if args.head in DETECTION_HEADS:
         return
+    pixels = sum_over_processes(pixels, rank, world)
     absent = [label for label, count in enumerate(pixels) if not count]
-    if absent and world == 1:
+    if absent and rank == 0:
         told = (
             f"no pixel of class {', '.join(map(str, absent[:8]))}{', ...' if len(absent) > 8 else ''} in "
             f"{args.train_masks}; {args.ignore_index} is no class (--ignore-index, --mask-values)"

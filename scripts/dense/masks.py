@@ -1,5 +1,6 @@
 """Images with a class for each pixel, from a folder of images and one of PNG masks."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -74,6 +76,27 @@ def class_masks(labels: Tensor, ignore_index: int) -> tuple[list[Tensor], list[T
     classes = [present[present != ignore_index] for present in (image.unique() for image in labels)]
     masks = [(image == present[:, None, None]).float() for image, present in zip(labels, classes, strict=True)]
     return masks, classes
+
+
+def sum_over_processes(pixels: list[int], rank: int, world: int) -> list[int]:
+    """Pixels of each class over the masks of all processes, by torchrun's store: a process group comes later.
+
+    Args:
+        pixels: Of the masks that this process has read.
+        rank: Of this process.
+        world: Number of processes.
+
+    Returns:
+        The sums in process 0, which waits for the others; its own in each other.
+    """
+    if world == 1:
+        return pixels
+    store, _, _ = next(rendezvous("env://"))
+    counts = PrefixStore("pixels of masks", store)
+    counts.set(str(rank), json.dumps(pixels))
+    if rank:
+        return pixels
+    return [sum(column) for column in zip(*(json.loads(counts.get(str(i))) for i in range(world)), strict=True)]
 
 
 class MaskFolders(Dataset):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_data import SMALL, SMALL_DETECTOR, SMALL_MASK2FORMER, SMALL_MASKDINO, boxes, masks, write_data
+from torchvision.io import write_png
 from train_runs import SCRIPTS, run, run_until
 
 import train_dense
@@ -75,6 +76,16 @@ def test_two_processes_have_the_same_weights_and_the_score_of_one(head, epochs, 
     if head != "maskdino_instance":
         assert together["val/mIoU" if "val/mIoU" in together else "val/box_mAP50"] > 0
     assert scores_of_one_process(tmp_path) == together
+
+
+def test_classes_without_pixels_are_told_once_for_the_masks_of_all_processes(tmp_path):
+    data = write_data(tmp_path, train=4, val=2)
+    for number in range(4):
+        mask = torch.full((1, 96, 80 + 16 * (number % 2)), number % 2, dtype=torch.uint8)  # one class a process
+        write_png(mask, str(data / "train_masks" / f"{number}.png"))
+    none = ["--initial-checkpoint", tmp_path / "none.pth"]  # ends them when the masks are read
+    output = run(*options("upernet", data, tmp_path / "run"), *none, expect=1, processes=2, script=SCRIPT)
+    assert output.count("no pixel of class") == output.count("no pixel of class 2 in ") == 1
 
 
 def assert_same_checkpoints(one, other):
