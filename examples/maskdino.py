@@ -14,17 +14,21 @@ from timm.utils import ParseKwargs
 from torchvision.transforms.functional import resize, to_tensor
 
 import fdconv_zoo  # noqa: F401  registers the models
-from fdconv_zoo.maskdino import (
-    MaskDino,
-    MaskDinoConfig,
-    MaskDinoLoss,
-    Target,
-    instances,
-    noise_targets,
-    one_image,
-    panoptic,
-    semantic,
-)
+
+try:
+    from fdconv_zoo.maskdino import (
+        MaskDino,
+        MaskDinoConfig,
+        MaskDinoLoss,
+        Target,
+        instances,
+        noise_targets,
+        one_image,
+        panoptic,
+        semantic,
+    )
+except ImportError as error:
+    raise SystemExit(f"maskdino.py: error: {error} (pip install -e '.[dense]')") from error
 
 EXAMPLES = """examples:
   maskdino.py --task semantic --model swin_tiny_fdconv

@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
 from timm.utils import ParseKwargs
@@ -15,6 +14,11 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import resize, to_tensor
 
 import fdconv_zoo  # noqa: F401  registers the models
+
+try:
+    import segmentation_models_pytorch as smp
+except ModuleNotFoundError as error:
+    raise SystemExit(f"smp_segmentation.py: error: needs {error.name}: pip install -e '.[dense]'") from error
 
 EXAMPLES = """examples:
   smp_segmentation.py --head upernet --model convnext_tiny_fdconv

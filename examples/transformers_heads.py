@@ -9,14 +9,18 @@ from pathlib import Path
 
 import timm
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import resize, to_tensor
-from transformers import DetrConfig, Mask2FormerConfig, MaskFormerConfig, TimmBackboneConfig, UperNetConfig
 
 import fdconv_zoo  # noqa: F401  registers the models
 from fdconv_zoo.dense import build_transformers_head, load_transformers_head
+
+try:
+    import transformers
+    from transformers import DetrConfig, Mask2FormerConfig, MaskFormerConfig, TimmBackboneConfig, UperNetConfig
+except ModuleNotFoundError as error:
+    raise SystemExit(f"transformers_heads.py: error: needs {error.name}: pip install -e '.[dense]'") from error
 
 EXAMPLES = """examples:
   transformers_heads.py --head mask2former --model swin_tiny_fdconv

@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from ultralytics import YOLO
-from ultralytics.models.yolo.detect import DetectionTrainer
 
 from fdconv_zoo import FDConv2d, convert_to_fdconv
+
+try:
+    from ultralytics import YOLO
+    from ultralytics.models.yolo.detect import DetectionTrainer
+except ModuleNotFoundError as error:
+    raise SystemExit(f"ultralytics_yolo.py: error: needs {error.name}: pip install -e '.[ultralytics]'") from error
 
 EXAMPLES = """examples:
   ultralytics_yolo.py --model yolov8n.yaml --epochs 3        random weights
