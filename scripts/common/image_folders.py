@@ -43,13 +43,18 @@ def find_split_or_root(root: Path, split: str | None) -> Path:
     """The folder to validate on: that of the split, or without one the root itself if it has no splits.
 
     Raises:
-        ValueError: The split is not there, or the root has splits and none of them is for validation.
+        ValueError: The split is not there, or the root has splits and none of them is for validation, or they lie in
+            a folder of it.
     """
     if split is not None:
         return find_split(root, split)
     splits = {name for group in SYNONYMS for name in group}
-    if any(child.name in splits for child in root.iterdir() if child.is_dir()):
+    if any(child.name.lower() in splits for child in root.iterdir() if child.is_dir()):
         return find_split(root, "validation")
+    # Taken for parts of the way to a class, all splits would be measured on.
+    deeper = min((path for path in root.glob("*/*") if path.name.lower() in splits and path.is_dir()), default=None)
+    if deeper is not None:
+        raise ValueError(f"{root} has a folder {deeper.relative_to(root)}: give {deeper.parent}, which has the splits")
     return root
 
 

@@ -33,6 +33,20 @@ def test_a_folder_without_splits_is_one_itself_unless_one_is_asked_for(tmp_path)
     assert find_split_or_root(tmp_path / "split", "testing") == tmp_path / "split" / "test"
 
 
+def test_splits_in_capitals_or_deeper_are_not_one_set(tmp_path):
+    write_images(tmp_path / "capitals", "Train/cat", "Val/cat")
+    with pytest.raises(ValueError, match="no folder for the split validation; its folders: Train, Val"):
+        find_split_or_root(tmp_path / "capitals", None)
+    write_images(tmp_path / "deeper", "images/train/cat", "images/val/cat")
+    with pytest.raises(ValueError, match=r"has a folder images/train: give .*images, which has the splits"):
+        find_split_or_root(tmp_path / "deeper", None)
+    assert find_split_or_root(tmp_path / "deeper", ".") == tmp_path / "deeper"
+    # images and classes of such names are no splits
+    write_images(tmp_path / "flat", "cat/tabby", "dog/collie")
+    (tmp_path / "flat" / "cat" / "test").touch()
+    assert find_split_or_root(tmp_path / "flat", None) == tmp_path / "flat"
+
+
 def test_order_and_numbers_are_timms(tmp_path):
     write_images(tmp_path, "class10/x", "class2", "Class1", count=11)
     ours, theirs = FolderReader(tmp_path), create_dataset("", root=str(tmp_path)).reader
