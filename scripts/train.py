@@ -214,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     env = init_distributed_device_so(device_name, dist_backend=backend)
     rank = env["global_rank"]
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    for client in ("httpx", "httpx2"):  # of the Hub, by its release: a line for every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     orderly = False
     try:
         with workers_end(), StopSignals() as stop:

@@ -1,6 +1,7 @@
 """How a run of train.py starts: from which weights, what it records of it, and the mistakes it refuses in one line."""
 
 import json
+import logging
 
 import pytest
 import timm
@@ -170,6 +171,14 @@ def test_mistakes_are_one_line(data, tmp_path):
     one = write_images(tmp_path / "one", "train/ant", "val/ant")
     assert "one class only, ant" in error_of(one, output)
     assert not output.exists()
+
+
+def test_requests_to_the_hub_are_no_part_of_the_log(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    start(data, tmp_path / "run", "--steps", 1)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).info("HTTP Request: GET https://huggingface.co/")
+    assert "2 classes" in caplog.text and "HTTP Request" not in caplog.text
 
 
 def test_an_unknown_optimiser_is_refused_with_what_it_may_mean(data, tmp_path, capsys):
