@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from .checkpoint import describe_misfits, fits
+from .checkpoint import describe_misfits, fits, strip_prefixes
 from .choice import named_dynamic_layers
 from .conversion import move_static_weights, replace_layers
 from .layers.options import describe_names
@@ -58,9 +58,13 @@ class ConvertedModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> NamedTuple:
         """As of any module; a static model's weights, as `create_model(checkpoint_path=...)` hands over, are converted.
 
+        Prefixes of wrappers go.
+
         Raises:
-            RuntimeError: The state dict does not fit.
+            RuntimeError: The state dict does not fit; names a key of a kind and the likely cause, where torch would
+                list all keys.
         """
+        state_dict = strip_prefixes(state_dict, self)
         if any(f"{name}.weight" in state_dict for name, _ in named_dynamic_layers(self)):
             try:
                 state_dict = move_static_weights(state_dict, self)
@@ -69,7 +73,13 @@ class ConvertedModel(nn.Module):
             own = self.state_dict()
             if strict and not all(fits(key, own) for key in state_dict):
                 raise RuntimeError(f"the state dict does not fit: {describe_misfits(state_dict, self)}")
-        return super().load_state_dict(state_dict, strict, assign)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError:
+            misfits = describe_misfits(state_dict, self) if strict else ""
+            if not misfits:
+                raise
+            raise RuntimeError(f"the state dict does not fit: {misfits}") from None
 
     @staticmethod
     def _include(name: str, module: nn.Module) -> bool:

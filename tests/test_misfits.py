@@ -62,6 +62,21 @@ def test_create_model_takes_a_static_checkpoint(static, tmp_path):
     assert len(str(caught.value)) < 400
 
 
+def test_create_model_strips_prefixes_and_names_few_keys(static, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    images = torch.rand(2, 3, 64, 64)
+    for net in (static, timm.create_model("resnet18_fdconv", **SMALL).eval()):
+        save_file({f"backbone.{key}": value.contiguous() for key, value in net.state_dict().items()}, path)
+        model = timm.create_model("resnet18_fdconv", checkpoint_path=str(path), **SMALL).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), net(images), rtol=1e-4, atol=1e-5)
+    for name, cause in (("test_vit", "another architecture's"), ("resnet18_fdconv", "The classifier only")):
+        save_file(timm.create_model(name, **(SMALL | {"num_classes": 7} if "res" in name else {})).state_dict(), path)
+        with pytest.raises(RuntimeError, match=f"the state dict does not fit: .*{cause}") as caught:
+            timm.create_model("resnet18_fdconv", checkpoint_path=str(path), **SMALL)
+        assert len(str(caught.value)) < 400
+
+
 def test_not_strict_is_as_torchs(static):
     """Odd keys are told, and sizes that differ are errors, as of any module."""
     model = timm.create_model("resnet18_fdconv", **SMALL).eval()
