@@ -33,7 +33,7 @@ from fdconv_zoo.checkpoint import strip_prefixes
 from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE
 from training.args import parse_args
 from training.data import BatchAugmentation, TrainLoader, ValidationLoader
-from training.datasets import check_classes, class_names, create_datasets, synthetic_datasets
+from training.datasets import check_classes, check_same_classes, class_names, create_datasets, synthetic_datasets
 from training.log import RunLog
 from training.run import Run
 from training.workers import workers_end
@@ -138,7 +138,7 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         ValueError: Arguments, data or checkpoint don't fit each other.
         CheckpointError: The state to resume can't be read.
     """
-    state_path = args.output / STATE_FILE if args.resume in (None, "auto") else args.resume
+    state_path = args.output / STATE_FILE if args.resume in (None, "auto") else Path(args.resume)
     if args.resume is None and state_path.exists():
         raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
     state = load_state(state_path) if args.resume not in (None, "auto") or state_path.exists() else None
@@ -176,7 +176,9 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         if state is None
         else state.get("start") or find_start(state_path.parent, model),
     )
+    names = class_names(train_set, model.num_classes)
     if state is not None:
+        check_same_classes(state_path.parent / CLASSES_FILE, names)
         run.load(state)
     if world_size > 1:
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
@@ -184,7 +186,7 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         args.output.mkdir(parents=True, exist_ok=True)
         save_args(args, args.output / ARGS_FILE)
         write_json(args.output / START_FILE, run.start)
-        if names := class_names(train_set, model.num_classes):
+        if names:
             (args.output / CLASSES_FILE).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         done, total = run.progress, args.steps or run.epochs * run.updates_per_epoch
         run.log = RunLog(

@@ -57,8 +57,12 @@ def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
         with_masks = args.head in MASK_HEADS
         train_set = coco_boxes(args.train_images, args.train_annotations, with_masks, train=True)
         val_set = coco_boxes(args.val_images, args.val_annotations, with_masks, train=False)
-        if train_set.categories != val_set.categories:
-            raise ValueError(f"{args.val_annotations} has other categories than {args.train_annotations}")
+        if train_set.category_names != val_set.category_names:
+            differ = train_set.category_names.items() ^ val_set.category_names.items()
+            raise ValueError(
+                f"{args.val_annotations} has other categories than {args.train_annotations}: id {min(differ)[0]} is "
+                "not the same in both"
+            )
         return train_set, val_set
     mean, std = normalization(args.backbone)
     options: dict[str, Any] = {

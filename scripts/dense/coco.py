@@ -37,6 +37,8 @@ class CocoObjects(CocoDetection):
         transforms: Of image and target.
 
     Attributes:
+        categories: Their ids, in order.
+        category_names: Their names by id.
         left_out: What of the json is not used, in words, with its number.
         cut_off: Number of boxes that were cut off.
 
@@ -61,6 +63,7 @@ class CocoObjects(CocoDetection):
             raise ValueError(f"{annotations} is no COCO file of boxes: it has no {', '.join(missing)}")
         self.annotations, self.train = annotations, train
         self.categories = sorted(self.coco.cats)
+        self.category_names = {key: str(self.coco.cats[key].get("name")) for key in self.categories}
         self.label_of = {category: label for label, category in enumerate(self.categories, 1)}
         unknown = {entry["category_id"] for entry in self.coco.anns.values()} - set(self.categories)
         if unknown:

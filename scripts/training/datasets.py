@@ -178,3 +178,22 @@ def check_classes(dataset: Dataset, num_classes: int, chosen: bool) -> None:
                 f"--num-classes {max(labels.values()) + 1} (or {num_classes}, to keep them)"
             )
         _logger.warning(f"the data has {len(labels)} classes, the model {num_classes} outputs: the rest learns nothing")
+
+
+def check_same_classes(path: Path, names: list[str]) -> None:
+    """Refuse data whose classes have other numbers than those of the run that is gone on with.
+
+    Args:
+        path: The run's file of names, one a line; older runs have none.
+        names: Of the outputs by the data of now, empty where they tell none.
+
+    Raises:
+        ValueError: Names the first class that differs.
+    """
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for index, (old, new) in enumerate(zip(before, names, strict=False)):
+        if old != new:
+            raise ValueError(
+                f"output {index} is {old} by {path} and {new} by the data of now: a resumed run has the same classes, "
+                "others are for a new run with --initial-checkpoint"
+            )

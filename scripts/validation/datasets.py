@@ -26,8 +26,9 @@ from fdconv_zoo.run_files import CLASSES_FILE
 def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Dataset:
     """Open the images, with the numbers of the model's outputs where they can be known.
 
-    They are known from `--class-map`, from the classes.txt that a run of train.py leaves beside its checkpoint, or
-    where all folders are named by ImageNet synsets and the model is of ImageNet.
+    They are known from `--class-map`, from the classes.txt that a run of train.py leaves beside its checkpoint, from the
+    names that a published model tells if some folders have them, or where all folders are named by ImageNet synsets and
+    the model is of ImageNet.
 
     Args:
         args: Arguments of validate.py.
@@ -132,6 +133,10 @@ def _known_numbers(
             return load_class_map(file, args.data_dir or ""), file
         except (AssertionError, OSError) as error:
             raise ValueError(f"can't read the names of classes in {file}: {error}") from error
+    published = None if args.checkpoint else (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    names = {str(name): index for index, name in enumerate(published or ())}
+    if names.keys() & labels.keys():
+        return names, "the model's label_names"
     subset = infer_imagenet_subset(model)
     if subset and labels:
         synsets = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}

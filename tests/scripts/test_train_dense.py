@@ -171,6 +171,8 @@ def broken(name):
             loaded["images"][0]["file_name"] = "gone.png"
         elif name == "other categories":
             loaded["categories"].append({"id": 9, "name": "blue"})
+        elif name == "other names":
+            loaded["categories"][0]["name"], loaded["categories"][1]["name"] = "red", "green"
         return json.dumps(loaded)
 
     return change
@@ -184,7 +186,8 @@ def broken(name):
         ("no image_id", "{path} is no COCO file of boxes: an entry has no 'image_id'"),
         ("unknown category", "{path} has objects of unknown category_id [99]"),
         ("gone image", "1 of 4 images of {path} are not in"),
-        ("other categories", "has other categories than {path}"),
+        ("other categories", "has other categories than {path}: id 9 is not the same in both"),
+        ("other names", "has other categories than {path}: id 3 is not the same in both"),
     ],
 )
 def test_bad_json_is_one_line(name, expected, data, tmp_path):

@@ -7,7 +7,7 @@ from image_files import write_images
 from torchvision.datasets import FakeData
 
 from training.args import parse_args
-from training.datasets import check_classes, class_names, create_datasets
+from training.datasets import check_classes, check_same_classes, class_names, create_datasets
 
 SPLITS = ("train/a", "train/b", "train/c")
 
@@ -80,3 +80,13 @@ def test_one_class_or_too_many_outputs_are_refused(tmp_path, caplog):
     check_classes(train, 5, chosen=True)
     assert "3 classes, the model 5 outputs" in caplog.text
     assert class_names(train, 5) == []
+
+
+def test_a_resumed_run_has_the_classes_it_had(tmp_path):
+    path = tmp_path / "classes.txt"
+    check_same_classes(path, ["ant", "bee"])
+    path.write_text("ant\nbee\n")
+    for names in (["ant", "bee"], []):
+        check_same_classes(path, names)
+    with pytest.raises(ValueError, match=r"output 1 is bee by .*classes\.txt and cow by the data of now"):
+        check_same_classes(path, ["ant", "cow"])

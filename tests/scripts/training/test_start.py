@@ -173,6 +173,16 @@ def test_mistakes_are_one_line(data, tmp_path):
     assert not output.exists()
 
 
+def test_a_run_does_not_go_on_with_other_classes(tmp_path):
+    data = write_images(tmp_path / "data", "train/ant", "train/bee", "val/ant", "val/bee")
+    start(data, tmp_path / "run")
+    for split in ("train", "val"):
+        (data / split / "ant").rename(data / split / "cow")
+    message = error_of(data, tmp_path / "run", "--epochs", 2, "--resume")
+    assert message.startswith("output 0 is ant by ") and "bee by the data of now" in message
+    assert (tmp_path / "run" / "classes.txt").read_text() == "ant\nbee\n"
+
+
 def test_requests_to_the_hub_are_no_part_of_the_log(data, tmp_path, caplog):
     caplog.set_level("INFO")
     start(data, tmp_path / "run", "--steps", 1)

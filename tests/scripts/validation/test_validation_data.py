@@ -56,6 +56,19 @@ def test_classes_without_images_do_not_shift_the_others(tmp_path, run, capsys):
     assert "3 outputs, the data 2 classes" in capsys.readouterr().err
 
 
+def test_a_published_model_has_the_numbers_of_its_label_names(tmp_path, run, capsys):
+    data = write_images(tmp_path / "data", "val/bee", "val/cow", count=3)
+    model = timm.create_model("test_resnet", checkpoint_path=run / "model_best.safetensors", num_classes=3)
+    published = tmp_path / "published"
+    timm.models.save_for_hf(model, published, {"label_names": NAMES}, safe_serialization=True)
+    options = ["--model", f"local-dir:{published}", *QUICK, "--results-file", tmp_path / "results.json"]
+    main([str(argument) for argument in (data, *options)])
+    assert json.loads((tmp_path / "results.json").read_text())[0]["top1"] == 50
+    assert "none of 1 more (ant)" in capsys.readouterr().err
+    write_images(data, "val/dog")
+    assert "1 classes of the data are not in the model's label_names: dog" in error_of(data, *options)
+
+
 def test_unknown_classes_are_refused(tmp_path, run):
     data = write_images(tmp_path / "data", "cow", "dog")
     with pytest.raises(SystemExit, match=r"1 classes of the data are not in .*classes\.txt: dog"):
