@@ -26,8 +26,8 @@ from fdconv_zoo.run_files import CLASSES_FILE
 def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Dataset:
     """Open the images, with the numbers of the model's outputs where they can be known.
 
-    They are known from `--class-map`, from the classes.txt that a run of train.py leaves beside its checkpoint, from the
-    names that a published model tells if some folders have them, or where all folders are named by ImageNet synsets and
+    They are known from `--class-map`, from the classes.txt that a run of train.py leaves beside its checkpoint, from a
+    published model's `label_names` if some folders have them, or where all folders are named by ImageNet synsets and
     the model is of ImageNet.
 
     Args:

@@ -236,7 +236,9 @@ def test_a_tiff_of_unknown_range_is_told_before_the_first_step(tmp_path, split, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("place", "told"), [("nowhere", "there is no data directory"), (".", "no folder for the split")])
+@pytest.mark.parametrize(
+    ("place", "told"), [("nowhere", "there is no data directory"), (".", "no folder for the split")]
+)
 def test_data_are_looked_at_before_weights_are_downloaded(place, told, tmp_path, offline):
     options = ["--model", "resnet18_fdconv", "--pretrained"]
     assert told in error_of(tmp_path / place, tmp_path / "run", *options)
