@@ -90,6 +90,7 @@ class FolderReader(Reader):
         class_to_idx: Numbers of the classes.
         missing: Classes with a number and no image.
         ignored: Files that are not read, by ending.
+        nested: Some images lie deeper than in a folder of the root.
 
     Raises:
         ValueError: There are no images, some lie outside of the classes' folders, or have no number.
@@ -99,6 +100,7 @@ class FolderReader(Reader):
         super().__init__()
         self.root = root
         self.ignored: Counter[str] = Counter()
+        self.nested = False
         found: list[tuple[str, str]] = []
         for folder, folders, names in os.walk(root, followlinks=True):
             # Jupyter keeps copies in .ipynb_checkpoints, macOS a ._x.jpg beside x.jpg: no class, and no image.
@@ -110,6 +112,7 @@ class FolderReader(Reader):
                     continue
                 if ending in ENDINGS:
                     found.append((os.path.join(folder, name), label))
+                    self.nested |= bool(label) and os.path.dirname(folder) != str(root)
                 else:
                     self.ignored[ending or "without an ending"] += 1
         if not found:
@@ -149,6 +152,9 @@ class FolderReader(Reader):
         """A line: images, classes, those without images, and the files that are not read, by ending."""
         classes = len(self.class_to_idx) - len(self.missing)
         line = f"{self.root}: {len(self)} images, {classes} class{'es' if classes > 1 else ''}"
+        if self.nested:
+            names = [name for name in self.class_to_idx if name not in self.missing]
+            line += f" by the innermost folders ({', '.join(names[:3])}{', ...' if classes > 3 else ''})"
         if self.missing:
             shown = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
             line += f", none of {len(self.missing)} more ({shown})"

@@ -89,3 +89,8 @@ def test_no_images_is_an_error_that_tells_what_there_is(tmp_path):
     (tmp_path / "a" / "1.heic").touch()
     with pytest.raises(ValueError, match=r"Found 0 images in .*, 1 \.heic ignored; images end in \.bmp, "):
         FolderReader(tmp_path)
+
+
+def test_folders_within_those_of_classes_are_told_to_be_the_classes(tmp_path):
+    described = FolderReader(write_images(tmp_path, "cat/monday", "dog/monday", "dog/friday")).describe()
+    assert described == f"{tmp_path}: 6 images, 2 classes by the innermost folders (friday, monday)"
