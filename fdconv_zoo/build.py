@@ -64,7 +64,9 @@ class ConvertedModel(nn.Module):
             RuntimeError: The state dict does not fit; names a key of a kind and the likely cause, where torch would
                 list all keys.
         """
-        state_dict = strip_prefixes(state_dict, self)
+        stripped = strip_prefixes(state_dict, self)
+        if stripped.keys() != state_dict.keys():
+            state_dict = stripped  # else what it was, which has torch's versions of its modules
         if any(f"{name}.weight" in state_dict for name, _ in named_dynamic_layers(self)):
             try:
                 state_dict = move_static_weights(state_dict, self)

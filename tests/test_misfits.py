@@ -118,5 +118,9 @@ def test_its_own_state_dict_is_loaded_as_it_is(static):
     model, other = (timm.create_model("resnet18_fdconv", **SMALL) for _ in range(2))
     other.load_state_dict(model.state_dict())
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    state = model.state_dict()
+    del state["bn1.num_batches_tracked"]  # torch makes it up where the versions of modules are lost
+    with pytest.raises(RuntimeError, match=r"bn1\.num_batches_tracked"):
+        other.load_state_dict(state)
     found = other.load_state_dict({}, strict=False)
     assert len(found.missing_keys) > 10 and not found.unexpected_keys
