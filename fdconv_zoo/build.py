@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import describe_misfits, fits, strip_prefixes
 from .choice import named_dynamic_layers
-from .conversion import move_static_weights, replace_layers
+from .conversion import first_three, move_static_weights, replace_layers
 from .layers.options import describe_names
 from .pretrained import PretrainedError, resolve_pretrained
 
@@ -130,9 +130,9 @@ def build_fdconv(
         PretrainedError: If the weights can't be had whole.
     """
     make = model_cls
-    if pretrained and pretrained_strict and getattr(model_cls, "method", None) == "fdconv":
-        make = partial(model_cls, weights_follow=True)
     if pretrained:
+        if pretrained_strict and getattr(model_cls, "method", None) == "fdconv":
+            make = partial(model_cls, weights_follow=True)
         kwargs["pretrained_cfg_overlay"] = resolve_pretrained(
             variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
         )
@@ -145,9 +145,8 @@ def build_fdconv(
         **kwargs,
     )
     if left := [name for name, layer in named_dynamic_layers(model) if layer.expects_weights()]:
-        shown = ", ".join([*left[:3], "..."] if len(left) > 3 else left)
         raise PretrainedError(
-            f"the weights for {variant} lack {len(left)} of its layers, or have NaN there: {shown}. "
+            f"the weights for {variant} lack {len(left)} of its layers, or have NaN there: {first_three(left)}. "
             "pretrained_strict=False leaves such layers as they are drawn."
         )
     return model

@@ -172,7 +172,8 @@ def convert_to_fdconv(
     return convert(model, "fdconv", include, allow=allow, **kwargs)
 
 
-def _first_three(items: list[str], separator: str = ", ") -> str:
+def first_three(items: list[str], separator: str = ", ") -> str:
+    """Three of many, for a message."""
     return separator.join([*items[:3], "..."] if len(items) > 3 else items)
 
 
@@ -181,7 +182,7 @@ def _raise_on_unfit_blocks(candidates: list[Candidate]) -> None:
         names = [candidate.name for candidate in candidates if candidate.problem == problem]
         if names:
             raise ValueError(
-                f"{len(names)} layers ({_first_three(names)}) are {problem.reason}. "
+                f"{len(names)} layers ({first_three(names)}) are {problem.reason}. "
                 "Convert another part of the model, leave these with include, or insist with "
                 f"allow=({problem.keyword!r},)"
             )
@@ -209,7 +210,7 @@ def init_static(model: nn.Module, initialize: Callable[[], None]) -> None:
 
 def _raise_on_unfit(unfit: list[str], what: str) -> None:
     if unfit:
-        raise ValueError(f"{len(unfit)} keys of the {what} state dict fit nothing in the model: {_first_three(unfit)}")
+        raise ValueError(f"{len(unfit)} keys of the {what} state dict fit nothing in the model: {first_three(unfit)}")
 
 
 def convert_static_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -263,7 +264,7 @@ def move_static_weights(state_dict: Mapping[str, Tensor], model: nn.Module) -> d
                 if key not in (f"{prefix}{layer.held[1]}", f"{prefix}filter_scale"):
                     out.setdefault(key, own[key].clone())
     if wrong_shapes:
-        raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {_first_three(wrong_shapes, '; ')}")
+        raise ValueError(f"{len(wrong_shapes)} static weights do not fit the model: {first_three(wrong_shapes, '; ')}")
     return out
 
 
@@ -355,7 +356,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any], model: nn.Module)
         needed = [key for key in layer.state_dict() if not key.endswith(OPTIONAL)]
         missing += [f"{prefix}{key}" for key in needed if key not in converted]
     if wrong_shapes:
-        shown = _first_three(wrong_shapes, "; ")
+        shown = first_three(wrong_shapes, "; ")
         raise ValueError(f"{len(wrong_shapes)} official spectra do not fit the model: {shown}")
     if missing:
         raise ValueError(f"the official state dict lacks {len(missing)} keys of FDConv layers: {', '.join(missing)}")

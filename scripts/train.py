@@ -143,7 +143,8 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
         raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
     state = load_state(state_path) if args.resume not in (None, "auto") or state_path.exists() else None
 
-    datasets = None if args.synthetic else create_datasets(args)  # a mistake in them shall not cost a download
+    # Before the model: a mistake in them shall not cost a download.
+    datasets = None if args.synthetic else create_datasets(args, rank, world_size)
     random_seed(args.seed)  # the same initial weights in all processes
     task = create_task(args, device, resumed=state is not None)
     model = unwrap_model(task.get_trainable_module())

@@ -125,11 +125,13 @@ class CocoObjects(CocoDetection):
     def _image_size(self, id: int) -> tuple[int, int] | None:
         """Width and height by the json, by the file where it has none; None where that can't be read either."""
         image = self.coco.imgs[id]
-        if image.get("width") and image.get("height"):
-            return image["width"], image["height"]
-        with contextlib.suppress(OSError, SyntaxError), Image.open(self.root / image["file_name"]) as file:
-            return file.size
-        return None
+        if not (image.get("width") and image.get("height")):
+            try:
+                with Image.open(self.root / image["file_name"]) as file:
+                    image["width"], image["height"] = file.size  # kept: it is asked for with each object
+            except (OSError, SyntaxError):
+                return None
+        return image["width"], image["height"]
 
     def check(self, part: slice, workers: int) -> None:
         """Read the headers of images, before a training breaks off at one, or goes by boxes of other pixels.

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,13 @@ IMAGENET_IMAGES = 1_281_167
 _logger = logging.getLogger("train")
 
 
-def create_datasets(args: argparse.Namespace) -> list[Dataset]:
+def create_datasets(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> list[Dataset]:
     """Training set and validation set; nothing of the model is needed, so that mistakes are told before its download.
 
     Args:
         args: Arguments of train.py.
+        rank: Of this process, which reads the headers of its part of the TIFFs.
+        world_size: Number of processes.
 
     Raises:
         ValueError: The data can't be opened, or their labels don't fit each other.
@@ -35,7 +36,6 @@ def create_datasets(args: argparse.Namespace) -> list[Dataset]:
         raise ValueError(f"there is no data directory {args.data_dir}")
     mode = "L" if args.in_chans == 1 else "RGB"
     train, val = _open_folders(args, mode) if not args.dataset else _open_named(args, mode)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for split in (train, val):
         paths = [path for path, _ in _samples(split) if path.lower().endswith((".tif", ".tiff"))]
         check_ranges(paths[rank::world_size], args.workers)
