@@ -37,6 +37,12 @@ def takes_plain_operations() -> bool:
     return is_transformed or is_exporting()
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor is."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def can_launch(x: Tensor) -> bool:
     """Whether a GPU's kernel without a derivative may compute from a tensor: no gradients, nothing reading along."""
     return not torch.is_grad_enabled() and triton.is_supported(x, torch.float32) and not takes_plain_operations()
@@ -77,7 +83,7 @@ class Entry(nn.Module):
                 return leaf(self, x)
             device = x.device.type
             by_kernels = device == triton.DEVICE
-            if device == "meta" or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+            if not x.is_floating_point() or not is_autocast(x):
                 return self._compute(x, by_kernels)
             dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
             with torch.autocast(device, enabled=False):
@@ -146,7 +152,13 @@ def modulate_bands(
     if torch.jit.is_scripting() or takes_plain_operations():
         return traced.modulate_bands(x, weight, bias, cutoffs, mask_grid, is_for_onnx())
     else:
-        return library.modulate_bands(x, weight, bias, cutoffs, mask_grid, fused)
+        if x.numel() == 0:
+            return x + (weight.sum() + bias.sum()).to(x.dtype)
+        operator, numbers = torch.ops.fdconv_zoo.modulate_bands.default, [part for pair in cutoffs for part in pair]
+        if not is_autocast(x):
+            return operator(x, weight, bias, numbers, mask_grid, fused)
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, weight, bias, numbers, mask_grid, fused)
 
 
 def mixed_conv2d(

@@ -1,6 +1,6 @@
-"""The operators of FDConv: arguments, implementations by device, fake implementation and autograd, once for each.
+"""The convolution as an operator: arguments, implementations by device, fake implementation and autograd.
 
-Eager mode and torch.compile call the same ones; the dispatcher chooses the implementation by device. A sample's weight
+Eager mode and torch.compile call the same one; the dispatcher chooses the implementation by device. A sample's weight
 is as large as the layer, so what is saved for the backward pass is the layer's input, its gates and its spectrum alone,
 unless the weights are to be kept.
 """
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..fourier import GainMap
-from ..layout import is_channels_last
 from . import traced, transforms, triton
-from .eager import bands, conv, limits
+from .eager import conv, limits
 from .eager.weight import Made
 from .types import Gates, Geometry, Gradients, Inputs, Limits, Spectrum
 
@@ -107,9 +106,6 @@ def pad_alike(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
     if left == right and top == bottom:
         return x, geometry
     return F.pad(x, geometry.padding), geometry._replace(padding=(0, 0, 0, 0))
-
-
-# The convolution
 
 
 def dynamic_conv2d(
@@ -319,117 +315,3 @@ def conv2d_backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tenso
                 grads = torch.ops.fdconv_zoo.dynamic_conv2d_backward.default(grad, gated, gate, needs, *call)
         found = dict(zip(names, grads, strict=True))
     return tuple(found.get(name) for name in Call._fields)
-
-
-# The bands
-
-
-def modulate_bands(
-    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[tuple[int, int]], mask_grid: int | None, fused: bool
-) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.modulate_bands` by its operator."""
-    if x.numel() == 0:
-        return x + (weight.sum() + bias.sum()).to(x.dtype)
-    numbers = [number for fraction in cutoffs for number in fraction]
-    with without_autocast(x):
-        return torch.ops.fdconv_zoo.modulate_bands.default(x, weight, bias, numbers, mask_grid, fused)
-
-
-def bands_by(
-    device_limits: Limits,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cutoffs: list[int],
-    mask_grid: int | None,
-    fused: bool,
-) -> Tensor:
-    """The bands by PyTorch's operations."""
-    return bands.forward(x, weight, bias, cutoffs, mask_grid, limits=device_limits)
-
-
-def bands_on_gpu(
-    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, fused: bool
-) -> Tensor:
-    """The bands by Triton's kernels, where they are there for it."""
-    if not fused or not triton.filters(x, mask_grid):
-        return bands.forward(x, weight, bias, cutoffs, mask_grid, limits=limits.OTHER)
-    from .triton import bands as triton_bands
-
-    return triton_bands.forward(x, weight, bias, cutoffs, is_channels_last(x))
-
-
-def bands_backward_by(
-    device_limits: Limits,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cutoffs: list[int],
-    mask_grid: int | None,
-    fused: bool,
-    need_x: bool,
-) -> list[Tensor]:
-    """Their backward pass by PyTorch's operations."""
-    return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=device_limits)
-
-
-def bands_backward_on_gpu(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cutoffs: list[int],
-    mask_grid: int | None,
-    fused: bool,
-    need_x: bool,
-) -> list[Tensor]:
-    """Their backward pass by Triton's kernels, where they are there for it."""
-    if not fused or not triton.filters(x, mask_grid):
-        return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=limits.OTHER)
-    from .triton import bands as triton_bands
-
-    *of_x, grad_weight, grad_bias = triton_bands.backward(
-        grad, x, weight, bias, cutoffs, need_x, channels_last=is_channels_last(x)
-    )
-    return [*of_x, grad_weight.contiguous(), grad_bias.contiguous()]
-
-
-def bands_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, fused: bool
-) -> Tensor:
-    """Empty tensor in the shape of the output; Triton's kernels keep the memory format."""
-    is_kept = fused and triton.filters(x, mask_grid) and is_channels_last(x)
-    return torch.empty_like(x, memory_format=torch.channels_last if is_kept else torch.contiguous_format)
-
-
-def bands_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cutoffs: list[int], mask_grid: int | None, fused: bool,
-    need_x: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Empty tensors in the shapes of the gradients."""
-    of_x = [bands_fake(x, weight, bias, cutoffs, mask_grid, fused)] if need_x else []
-    return [*of_x, *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (weight, bias))]
-
-
-def bands_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps the inputs; gates and filtered maps, several times as large, are made again."""
-    x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused = inputs
-    ctx.save_for_backward(x, weight, bias)
-
-
-def bands_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all arguments."""
-    x, weight, bias = ctx.saved_tensors
-    need_x = ctx.needs_input_grad[0]
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return traced.modulate_bands(x, weight, bias, bands.fractions(ctx.cutoffs), ctx.mask_grid)
-
-    with without_autocast(grad):
-        if transforms.needs_plain_gradients(grad):
-            return *transforms.gradients(plain, (x, weight, bias), grad), None, None, None
-        grads = torch.ops.fdconv_zoo.modulate_bands_backward.default(
-            grad, x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused, need_x=need_x
-        )
-    return *(grads if need_x else (None, *grads)), None, None, None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import bank, library, mixed, triton
+from . import bands, bank, library, mixed, triton
+from .eager import bands as eager_bands
 from .eager import limits
 from .flops import flops_of
 
@@ -95,22 +96,22 @@ OPERATORS = {
     "modulate_bands": Operator(
         f"({BANDS}) -> Tensor",
         {
-            "cpu": partial(library.bands_by, limits.CPU),
-            "cuda": library.bands_on_gpu,
-            "default": partial(library.bands_by, limits.OTHER),
+            "cpu": partial(eager_bands.kernel, limits.CPU),
+            "cuda": bands.on_gpu,
+            "default": partial(eager_bands.kernel, limits.OTHER),
         },
-        library.bands_fake,
-        library.bands_backward,
-        library.bands_setup,
+        bands.fake,
+        bands.backward,
+        bands.setup,
     ),
     "modulate_bands_backward": Operator(
         f"(Tensor grad, {BANDS}, bool need_x) -> Tensor[]",
         {
-            "cpu": partial(library.bands_backward_by, limits.CPU),
-            "cuda": library.bands_backward_on_gpu,
-            "default": partial(library.bands_backward_by, limits.OTHER),
+            "cpu": partial(eager_bands.backward_kernel, limits.CPU),
+            "cuda": bands.backward_on_gpu,
+            "default": partial(eager_bands.backward_kernel, limits.OTHER),
         },
-        library.bands_backward_fake,
+        bands.backward_fake,
         refuse,
         None,
     ),

@@ -99,3 +99,31 @@ def backward(
         grad_logits.sum((0, 2, 3)).to(bias.dtype),
     ]
     return [grad_x.to(x.dtype), *grads] if need_x else grads
+
+
+def kernel(
+    device_limits: Limits,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[int],
+    mask_grid: int | None,
+    fused: bool,
+) -> Tensor:
+    """The operator by PyTorch's operations; `fused` is for a GPU's kernels."""
+    return forward(x, weight, bias, cutoffs, mask_grid, limits=device_limits)
+
+
+def backward_kernel(
+    device_limits: Limits,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cutoffs: list[int],
+    mask_grid: int | None,
+    fused: bool,
+    need_x: bool,
+) -> list[Tensor]:
+    """Its backward pass by PyTorch's operations."""
+    return backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=device_limits)
