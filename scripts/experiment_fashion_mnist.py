@@ -5,12 +5,14 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.command_line import fail, needs_extra
 
 with needs_extra("experiment_fashion_mnist.py", "experiments"):
+    import matplotlib
     import torch
     from timm.models.resnet import BasicBlock, ResNet
     from torch import Tensor, nn
@@ -24,8 +26,10 @@ with needs_extra("experiment_fashion_mnist.py", "experiments"):
     from experiments.image_tensors import ImageTensors
     from experiments.runs import create_parser, experiment, parse_args
     from fdconv_zoo import FDConv2d, FDLinear, convert, convert_to_fdconv
-    from fdconv_zoo.conversion import named_fd_layers
+    from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
     from fdconv_zoo.layers.fourier import column_scale
+    from pictures.parallel import draw_parallel, mean_similarity, parallel_weights
+    from pictures.weights import STYLE
 
 NUM_BANDS = 16
 CHANNELS = (20, 40)
@@ -68,13 +72,16 @@ DESCRIPTION = f"""Train a small ResNet from scratch on Fashion-MNIST with SGD, a
                              other dynamic convolutions in the same layers, with their papers' temperatures; not among
                              the defaults
 
-All variants of a seed start as the same function (but static_wide, which can't) and see the same images in the same
-order with the same crops and flips; the figures are those of the last epoch on the 10,000 test images."""
+All variants of a seed start as the same function (but static_wide, which can't, and all methods with --start drawn) and
+see the same images in the same order with the same crops and flips; the figures are those of the last epoch on the
+10,000 test images. How alike the weights are that a layer mixes, groups or kernels, is written down for each."""
 EXAMPLES = """examples:
   apt-get install dataset-fashion-mnist
   experiment_fashion_mnist.py --variants static fdconv fdconv_official_scaling
   experiment_fashion_mnist.py --variants static fdconv condconv dyconv dcd odconv odconv_1x kw kw_4x \\
       --results-file results/fashion_mnist/methods.json                  FDConv beside the methods of its paper's tables
+  experiment_fashion_mnist.py --variants fdconv condconv dyconv dcd odconv kw kw_4x --start drawn \
+      --results-file results/fashion_mnist/drawn.json --draw-mixed outputs/mixed    as their papers draw them, pictures
   experiment_fashion_mnist.py --seeds 0 --epochs 1 --train-images 2000 --results-file outputs/try.json
   experiment_fashion_mnist.py --variants static fdconv --lr 0.1 --results-file outputs/lr0.1.json"""
 NORMALIZE = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.286], [0.353])]
@@ -107,10 +114,15 @@ def use_official_scaling(model: nn.Module) -> nn.Module:
     return model
 
 
-def create_model(variant: str, seed: int) -> nn.Module:
+def create_model(variant: str, seed: int, drawn: bool = False) -> nn.Module:
     """A variant of the network; those of a seed compute the same function at first, but for `static_wide`.
 
     timm's ResNet with a narrow 3x3 stem of stride 2 and two BasicBlocks, on maps of 14 and 7 pixels a side.
+
+    Args:
+        variant: One of `VARIANTS` or `METHODS`.
+        seed: Of the random numbers.
+        drawn: Layers of `METHODS` start as their papers draw them, not as the static network.
     """
     torch.manual_seed(seed)
     first, last = WIDE_CHANNELS if variant == "static_wide" else CHANNELS
@@ -123,7 +135,10 @@ def create_model(variant: str, seed: int) -> nn.Module:
         return model
     if variant in METHODS:
         method, options = METHODS[variant]
-        return convert(model, method, lambda name, _: False if "downsample" in name else None, **options)
+        model = convert(model, method, lambda name, _: False if "downsample" in name else None, **options)
+        for _, layer in named_dynamic_layers(model) if drawn else ():
+            layer.start_from_scratch()
+        return model
     model = convert_to_fdconv(model, **{"num_bands": NUM_BANDS, "recompute": False, **VARIANTS[variant]})
     return use_official_scaling(model) if variant == "fdconv_official_scaling" else model
 
@@ -135,6 +150,30 @@ def with_temperature(variant: str, recipe: Recipe) -> Recipe:
         return recipe
     values, part = TEMPERATURES[method]
     return replace(recipe, temperature=values, temperature_epochs=part * recipe.epochs)
+
+
+@torch.no_grad()
+def describe_mixed(variant: str, seed: int, model: nn.Module, pictures: Path | None) -> dict[str, dict[str, float]]:
+    """How alike the weights are that each layer of a trained network mixes.
+
+    Args:
+        variant: Of the network.
+        seed: Its seed.
+        model: The network.
+        pictures: Folder for a picture of its last layer, or None.
+
+    Returns:
+        Mean cosine between two of them, of each layer that mixes more than one.
+    """
+    mixed = {name: parallel_weights(layer) for name, layer in named_dynamic_layers(model)}
+    mixed = {name: parallel for name, parallel in mixed.items() if len(parallel.matrices) > 1}
+    if not mixed:
+        return {}
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            draw_parallel(list(mixed.values())[-1]).savefig(pictures / f"{variant}_{seed}.png")
+    return {"similarity": {name: round(mean_similarity(parallel.matrices), 4) for name, parallel in mixed.items()}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,6 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--train-images", type=int, default=12000, metavar="N", help="train on the first N (default: %(default)s)"
     )
     parser.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    parser.add_argument(
+        "--start", default="converted", choices=("converted", "drawn"),
+        help="of other methods' layers: as the static network, or as their papers draw them (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--draw-mixed", type=Path, metavar="DIR", help="draw there what each run's last layer mixes (Figs. 1 and 5)"
+    )
     try:
         args = parse_args(parser, argv)
         images, labels = read_split(args.data_dir, "train")
@@ -165,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "train_images": len(train_set),
                 "test_images": len(test_set),
                 "hflip": args.hflip,
+                # files from before it was an option have none
+                **({} if args.start == "converted" else {"start": args.start}),
                 **asdict(Recipe.of(args)),
             },
             "data_sha256": {name: hashlib.sha256((args.data_dir / name).read_bytes()).hexdigest() for name in files},
@@ -173,12 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         experiment(
             args,
             facts,
-            create_model=create_model,
+            create_model=partial(create_model, drawn=args.start == "drawn"),
             train_set=train_set,
             test_set=test_set,
             metrics=metrics,
             argv=argv,
             adapt=with_temperature,
+            describe=partial(describe_mixed, pictures=args.draw_mixed),
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise fail(parser.prog, error) from error

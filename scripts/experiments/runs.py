@@ -128,6 +128,7 @@ def run_all(
     train_set: Dataset,
     test_set: Dataset,
     metrics: MetricCollection,
+    describe: Callable[[str, int, nn.Module], dict[str, Any]],
     command: str,
 ) -> None:
     """Train what the results lack, seed after seed, and write the results file after each run.
@@ -169,6 +170,7 @@ def run_all(
                     "epochs": curve,
                 }
                 | ({"temperature": [*own.temperature, own.temperature_epochs]} if own.temperature else {})
+                | describe(variant, seed, model)
             )
             if args.save_models:
                 save_file(model.state_dict(), args.results_file.with_name(f"{variant}_{seed}.safetensors"))
@@ -187,6 +189,7 @@ def experiment(
     metrics: MetricCollection,
     argv: Sequence[str],
     adapt: Callable[[str, Recipe], Recipe] = lambda variant, recipe: recipe,
+    describe: Callable[[str, int, nn.Module], dict[str, Any]] = lambda variant, seed, model: {},
 ) -> None:
     """Make the runs that the results file lacks, then print the table and draw the curves.
 
@@ -199,6 +202,7 @@ def experiment(
         metrics: After each epoch; shares, so that the table gives percent.
         argv: Command line, for the record.
         adapt: The recipe of a variant, from that of all: what its method wants besides.
+        describe: What else to write down of a variant and a seed, given the trained model.
 
     Raises:
         ValueError: The results file is of another experiment.
@@ -216,6 +220,7 @@ def experiment(
             train_set=train_set,
             test_set=test_set,
             metrics=metrics,
+            describe=describe,
             command=command,
         )
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The pictures of layers that are not FDConv's: how alike the weights are that each of them mixes (Figs. 1 and 5)."""
+"""How alike the weights are that a dynamic layer mixes (Figs. 1 and 5): FDConv's groups, other methods' kernels."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers.base import DynamicLayer
 from fdconv_zoo.layers.dynamic import DCDConv2d, KWConv2d
 from fdconv_zoo.layers.fourier import weight_to_matrix
 from pictures.layer import (
     cosine_similarity,
+    group_matrices,
     kernel_response,
     largest_off_diagonal,
     magnitudes,
@@ -37,11 +39,14 @@ class Parallel(NamedTuple):
 
 
 def parallel_weights(layer: DynamicLayer) -> Parallel:
-    """What a layer of another method than FDConv mixes for each sample.
+    """What a layer mixes for each sample.
 
-    CondConv, DY-Conv and ODConv mix whole kernels, KernelWarehouse the cells of its warehouse. DCD has one kernel; what
-    it mixes are the directions of its latent space, each the product of one column of P and one row of Q.
+    FDConv mixes the weights of its frequency groups, CondConv, DY-Conv and ODConv whole kernels, KernelWarehouse the
+    cells of its warehouse. DCD has one kernel; what it mixes are the directions of its latent space, each the product
+    of one column of P and one row of Q.
     """
+    if isinstance(layer, FDConv2d | FDLinear):
+        return Parallel("group", group_matrices(layer)[1], layer.kernel_shape)
     if isinstance(layer, DCDConv2d):
         into, out = layer.q.weight.detach().flatten(1), layer.p.weight.detach().flatten(1)
         return Parallel("direction", (out.T[:, :, None] * into[:, None, :]).float().cpu(), (1, 1))

@@ -239,3 +239,28 @@ def test_other_methods_start_as_the_same_function(variant):
     static, model = create_model("static", 0).eval(), create_model(variant, 0).eval()
     torch.testing.assert_close(model(x), static(x), rtol=1e-4, atol=1e-5)
     assert len(list(named_dynamic_layers(model))) == 4
+
+
+def test_what_trained_layers_mix_is_compared(data, tmp_path):
+    """Converted kernels of ODConv start equal and drawn ones orthogonal; FDConv's groups share no frequency at all."""
+    similar = {}
+    for start in ("converted", "drawn"):
+        results, pictures = tmp_path / start / "results.json", tmp_path / start / "mixed"
+        arguments = command(data, results, "--variants", "static", "fdconv", "odconv", "odconv_1x", "--seeds", "0")
+        main([*arguments, "--start", start, "--draw-mixed", str(pictures), "--lr", "0.001"])
+        runs = {run["variant"]: run for run in json.loads(results.read_text())["runs"]}
+        assert "similarity" not in runs["static"] and "similarity" not in runs["odconv_1x"]
+        similar[start] = runs["odconv"]["similarity"]
+        assert all(abs(value) < 1e-3 for value in runs["fdconv"]["similarity"].values())
+        assert sorted(path.name for path in pictures.iterdir()) == ["fdconv_0.png", "odconv_0.png"]
+        with Image.open(pictures / "odconv_0.png") as picture:
+            assert picture.size[0] > 1000
+    assert len(similar["drawn"]) == 4
+    assert min(similar["converted"].values()) > 0.99 and max(map(abs, similar["drawn"].values())) < 0.1
+
+
+def test_runs_of_another_start_are_refused(data, tmp_path):
+    """The two starts are other runs of one name."""
+    arguments = command(data, tmp_path / "results.json", "--variants", "odconv", "--seeds", "0")
+    main(arguments)
+    assert "start None, not drawn" in error_of([*arguments, "--start", "drawn"])
