@@ -20,6 +20,7 @@ SMALL = {
     "finetune_converted": ["--model", "resnet18_fdconv"],
     "convnext_tiny_300ep": ["--model", "convnext_atto_fdconv", "--grad-accum-steps", "2"],
     "dcd_resnet50_120ep": ["--model", "resnet18_dcd"],
+    "dyconv_resnet50_100ep": ["--model", "resnet18_dyconv"],
     "kw_resnet50_300ep": ["--model", "resnet18_kw", "--grad-accum-steps", "2"],
     "odconv_resnet50_100ep": ["--model", "resnet18_odconv_1x"],
     "swin_tiny_300ep": ["--model-kwargs", "img_size=64", "window_size=2", "embed_dim=48", "depths=(1, 1, 1, 1)"],
