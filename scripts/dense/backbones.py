@@ -3,6 +3,7 @@
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 # Finest first, of strides 4 to 32.
@@ -23,9 +24,12 @@ def swin_options(name: str) -> dict[str, Any]:
 def create_backbone(name: str, options: dict[str, Any], levels: tuple[int, ...] = LEVELS) -> nn.Module:
     """Return a timm model of a list of maps.
 
+    What it draws is drawn aside: a head that is built after it starts from the same numbers on every backbone.
+
     Args:
         name: Of the model.
         options: Keyword arguments of `timm.create_model` that choose weights and size.
         levels: Stages whose maps are wanted, counted from the last, -1.
     """
-    return timm.create_model(name, features_only=True, out_indices=levels, **options)
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(name, features_only=True, out_indices=levels, **options)
