@@ -128,11 +128,17 @@ def weights_row(name: str) -> list[str]:
 
 
 def count_costs(model: nn.Module, variants: Iterable[Variant]) -> dict[Variant, tuple[int, int]]:
-    """Parameters and multiply-accumulates of a model for each input size with number of classes."""
+    """Parameters and multiply-accumulates of a model for each input size with number of classes.
+
+    Each size is counted once, without a classifier: that is a matrix product of the pooled features.
+    """
+    model.reset_classifier(0)
+    body = {size: count_macs(model, size) for size in {size for size, _ in variants}}
     costs = {}
-    for input_size, num_classes in sorted(variants):
+    for input_size, num_classes in variants:
         model.reset_classifier(num_classes)
-        costs[input_size, num_classes] = count_parameters(model), count_macs(model, input_size)
+        macs = body[input_size] + model.head_hidden_size * num_classes
+        costs[input_size, num_classes] = count_parameters(model), macs
     return costs
 
 
