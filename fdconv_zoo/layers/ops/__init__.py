@@ -4,6 +4,8 @@ or torch.export reads along, or torch.func transforms.
 This is the one place that asks which of the two is wanted.
 """
 
+from itertools import chain
+
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -154,7 +156,7 @@ def modulate_bands(
     else:
         if x.numel() == 0:
             return x + (weight.sum() + bias.sum()).to(x.dtype)
-        operator, numbers = torch.ops.fdconv_zoo.modulate_bands.default, [part for pair in cutoffs for part in pair]
+        operator, numbers = torch.ops.fdconv_zoo.modulate_bands.default, list(chain.from_iterable(cutoffs))
         if not is_autocast(x):
             return operator(x, weight, bias, numbers, mask_grid, fused)
         with torch.autocast(x.device.type, enabled=False):
