@@ -13,8 +13,8 @@ from .sources import forward_source, read_source
 CAUSAL_NAME = re.compile("causal|chomp", re.IGNORECASE)
 LIBRARIES = {"torch", "torchvision", "timm", "transformers", "diffusers"}
 # What makes a triangular mask, and what is worth a look whether it does.
-MASK_MAKER = re.compile(r"^(triu|tril)_?$|square_subsequent_mask")
-MASKING = re.compile(r"triu|tril|square_subsequent_mask|causal|scaled_dot_product_attention")
+MASK_MAKER = re.compile(r"^(triu|tril)_?$|subsequent_mask|causal\w*mask|look_?ahead\w*mask")
+MASKING = re.compile(r"triu|tril|subsequent_mask|causal|look_?ahead|scaled_dot_product_attention")
 # A loss, say, may take the upper triangle of a matrix for other reasons.
 ATTENDING = re.compile(r"softmax|mask|attn|attention", re.IGNORECASE)
 PADDINGS = (
@@ -26,14 +26,18 @@ MASK_NAME = re.compile(r"^(?!.*(padding|memory)).*(mask|causal|triu|tril)", re.I
 
 
 def _is_causal_mask(mask: Tensor) -> bool:
-    """Whether a buffer is a square with one value above the diagonal and another one on and below it."""
-    if mask.is_meta or mask.dim() < 2 or mask.shape[-1] < 4 or mask.numel() != mask.shape[-1] ** 2:
+    """Whether a tensor is squares (..., L, L) with one value above the diagonal that is nowhere on or below it.
+
+    That value forbids (-inf and the like), or what is on and below goes by the distance alone, be it one value.
+    """
+    length = mask.shape[-1] if mask.dim() > 1 else 0
+    if mask.is_meta or length < 4 or mask.shape[-2] != length or not mask.numel():
         return False
-    square = mask.detach().reshape(mask.shape[-1], -1)
-    if square.shape[0] != square.shape[1] or square[0, 0] != square[1, 0] or square[0, 0] == square[0, 1]:
+    squares = mask.detach().reshape(-1, length, length)
+    value, above = squares[0, 0, 1], torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    if not (squares[:, above] == value).all() or (squares[:, ~above] == value).any():
         return False
-    above = torch.ones_like(square, dtype=torch.bool).triu(1)
-    return bool((square[above] == square[0, 1]).all() and (square[~above] == square[0, 0]).all())
+    return bool(value < -1e3 or (squares[:, 1:, 1:] == squares[:, :-1, :-1]).all())
 
 
 def asks_for_causal(kind: type[nn.Module]) -> bool:
@@ -80,9 +84,16 @@ def _pads_before(module: nn.Module) -> bool:
     """Whether a sequence is padded before its first token alone, or cut after the last, around convolutions."""
     if isinstance(module, PADDINGS):
         return len(module.padding) == 2 and module.padding[0] > 0 and module.padding[1] == 0
-    if not any(isinstance(child, nn.Conv1d) for child in module.children()):
-        return False
+    convolutions = [child for child in module.children() if isinstance(child, nn.Conv1d)]
+    if not convolutions or any(map(_sees_its_whole_kernel_before, convolutions)):
+        return bool(convolutions)
     return any(map(_pads_or_cuts, _nodes(forward_source(type(module)) or "")))
+
+
+def _sees_its_whole_kernel_before(layer: nn.Conv1d) -> bool:
+    """Whether a convolution pads by all but one tap, as where what is too long is cut off after the last token."""
+    reach = layer.dilation[0] * (layer.kernel_size[0] - 1)
+    return layer.padding[0] == reach > 0
 
 
 def _pads_or_cuts(node: ast.AST) -> bool:

@@ -82,14 +82,17 @@ def _chains(block: nn.Module) -> Iterator[list[nn.Module]]:
         yield chain
     elif len(linears) > 1 and _has_activation(block):
         *firsts, last = linears
-        if all(_joins(first, last) and _width(first)[0] == _width(firsts[0])[0] for first in firsts):
+        # One layer, or a value and its gate. Attention with a kernel function has queries, keys and values.
+        if len(firsts) < 3 and _joins(firsts[0], last) and _width(firsts[0]) == _width(firsts[-1]):
             yield linears
     # Layers in blocks of their own: Hugging Face's intermediate and output, diffusers' GEGLU before a linear layer.
     holders = [child for child in children if _holds_layers(child)]
     for first, second in pairwise(holders):
         pair = [_only_linear(first), _only_linear(second)]
         if None not in pair and first is not pair[0] and _has_activation(first) and _joins(*pair):
-            yield pair
+            # As wide as the block they may be beside each other: queries and keys, heads.
+            if isinstance(block, nn.Sequential) or _width(pair[0])[1] > _width(pair[0])[0]:
+                yield pair
 
 
 def find_mlps(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:

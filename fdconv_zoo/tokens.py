@@ -45,11 +45,17 @@ def _is_sequence_first(module: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> Iterator[nn.Module]:
-    """Blocks around the modules that match: the module itself if it holds an MLP, what holds it if it is attention."""
+    """Blocks of the modules that match: of each the innermost that holds an MLP, or what holds it where none does.
+
+    Attention may be in a module of its own, or in several (norm, residual), beside the MLP.
+    """
     for name, module in model.named_modules():
         if matches(name, module):
-            mlps, _ = find_mlps(module)
-            yield module if mlps else model.get_submodule(name.rpartition(".")[0])
+            around = name
+            while around and not find_mlps(model.get_submodule(around))[0]:
+                around = around.rpartition(".")[0]
+            block = model.get_submodule(around)
+            yield block if find_mlps(block)[0] else model.get_submodule(name.rpartition(".")[0])
 
 
 def find_unfit(model: nn.Module) -> dict[nn.Module, Problem]:

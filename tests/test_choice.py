@@ -103,6 +103,32 @@ MLPS = {
 }  # fmt: skip
 
 
+def of_kernels(**layers):
+    """Attention with an activation on queries and keys."""
+    return Parts(**layers, proj=nn.Linear(20, 20), act=nn.GELU())
+
+
+def activated():
+    return nn.Sequential(nn.Linear(20, 20), nn.ReLU())
+
+
+ATTENTIONS = {
+    "queries, keys, values": lambda: of_kernels(q=nn.Linear(20, 20), k=nn.Linear(20, 20), v=nn.Linear(20, 20)),
+    "queries; keys with values": lambda: of_kernels(q=nn.Linear(20, 20), kv=nn.Linear(20, 40)),
+    "activated": lambda: Parts(q=activated(), k=activated(), v=nn.Linear(20, 20), proj=nn.Linear(20, 20)),
+}
+
+
+@pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS.keys())
+def test_projections_of_attention_with_an_activation_stay(make):
+    assert replaced(Parts(attn=make(), body=Halved())) == ["body.up", "body.down"]
+
+
+def test_projections_of_linear_pvt_stay():
+    names = replaced(on_meta("pvt_v2_b2_li", depths=(1, 1, 1, 1)))
+    assert {name.rpartition(".")[2] for name in names if ".attn." in name} == {"sr"}
+
+
 @pytest.mark.parametrize(("make", "names"), MLPS.values(), ids=MLPS.keys())
 def test_mlps_are_known_by_structure(make, names):
     model = make()

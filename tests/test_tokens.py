@@ -91,6 +91,17 @@ class AskingByPlace(Attention):
         return nn.functional.scaled_dot_product_attention(q, k, v, None, 0.0, True)
 
 
+class ByFunction(Attention):
+    """Has its mask from a function, whose name tells."""
+
+    def forward(self, x):
+        return self.attend(x, make_causal_mask(x.shape[1]))
+
+
+def make_causal_mask(length):
+    return torch.ones(length, length).tril().log()
+
+
 class Kept(Attention):
     """Keeps a mask that is no buffer."""
 
@@ -122,11 +133,17 @@ class Around(nn.Module):
 
 
 TRIANGLE = torch.ones(6, 6).tril()
+INFINITE = torch.full((6, 6), float("-inf")).triu(1)
+DISTANCE = torch.arange(6.0).view(-1, 1) - torch.arange(6.0)
 CAUSAL = {
     "name": CausalSelfAttention,
     "mask of ones": lambda: Masked(TRIANGLE.view(1, 1, 6, 6)),
     "mask of truths": lambda: Masked(TRIANGLE.bool()),
-    "mask of infinities": lambda: Masked(torch.full((6, 6), float("-inf")).triu(1)),
+    "mask of infinities": lambda: Masked(INFINITE),
+    "mask of each head's distances (ALiBi)": lambda: Masked(torch.stack([-DISTANCE, -DISTANCE / 2]) + INFINITE),
+    "mask of positions (BLOOM)": lambda: Masked(torch.arange(6.0) + INFINITE),
+    "decay (RetNet)": lambda: Masked(torch.where(DISTANCE < 0, 0.0, 0.9**DISTANCE)[None]),
+    "function": ByFunction,
     "source": Asking,
     "attribute": Flagged,
     "upper triangle": Upper,
@@ -152,6 +169,8 @@ ENCODERS = {
     "batch first": lambda: Block(batch_first=True),
     "attribute": lambda: Around(Flagged(is_causal=False)),
     "mask of padding": lambda: Around(Masked(torch.ones(6, 6))),
+    "mask of distances": lambda: Around(Masked(-DISTANCE.abs())),
+    "factor of Cholesky": lambda: Around(Masked(torch.rand(6, 6).tril() + 1e-3 * torch.ones(6, 6).tril())),
     "full relative positions": lambda: Around(Masked(torch.arange(36).view(6, 6))),
 }
 
@@ -167,6 +186,38 @@ def test_causal_blocks_are_refused(make):
     assert not any(name.startswith("1.") for name in causal)
     convert_to_fdconv(model, include=lambda name, _: False if name in causal else None, num_bands=8)
     assert [name for name, _ in named_fd_layers(model)] == ["1.mlp.0", "1.mlp.2"]
+
+
+class Residual(nn.Module):
+    """Norm and residual around a part, as in many a transformer."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.norm, self.part = nn.LayerNorm(32), part
+
+    def forward(self, x):
+        return x + self.part(self.norm(x))
+
+
+class Projected(nn.Module):
+    """Attention of torch's in a module with a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.proj = nn.MultiheadAttention(32, 4), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.proj(self.attn(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(("make", "keyword"), [(Asking, "causal"), (Projected, "sequence_first")])
+def test_attention_in_modules_of_its_own_is_seen(make, keyword):
+    """Beside the attention there is no MLP: it is beside what holds the attention."""
+    mlp = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+    model = nn.Sequential(Residual(nn.Sequential(make())), nn.Sequential(Residual(mlp)))
+    with pytest.raises(ValueError, match=rf"2 layers \(1.0.part.0, 1.0.part.2\) .*{REFUSED[keyword]}"):
+        convert_to_fdconv(model, num_bands=8)
+    assert len(list(named_fd_layers(convert_to_fdconv(model, allow=(keyword,), num_bands=8)))) == 2
 
 
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerEncoder])
@@ -206,13 +257,24 @@ class CutAfter(PaddedBefore):
         return self.conv(nn.functional.pad(x, (4, 4)))[..., : -self.before]
 
 
+class CutToLength(nn.Module):
+    """Padded by the convolution itself, and cut to the length that there was."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 3, dilation=2, padding=4)
+
+    def forward(self, x):
+        return self.conv(x).narrow(2, 0, x.shape[2])
+
+
 class PaddedAlike(PaddedBefore):
     def forward(self, x):
         first, last = x[:, :, :1], x[:, :, -1:]
         return self.conv(nn.functional.pad(torch.cat([first, x, last], 2), (1, 1)))[:, :, 0:]
 
 
-@pytest.mark.parametrize("make", [PaddedBefore, PaddedByOthers, CutAfter])
+@pytest.mark.parametrize("make", [PaddedBefore, PaddedByOthers, CutAfter, CutToLength])
 def test_convolutions_of_what_came_before_are_refused(make):
     with pytest.raises(ValueError, match=r"1 layers \(conv\) are causal"):
         convert_to_fdconv(make(), num_bands=8)
