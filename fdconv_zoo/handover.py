@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import cache, partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from .layers.base import DynamicLayer
 
@@ -133,13 +135,17 @@ def _refuse_untied(replaced: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What plain containers hold, at any depth; anything else as it is."""
+    """What plain containers and optimisers hold, at any depth; anything else as it is."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     elif isinstance(value, partial):
         value = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, MethodType):
         value = [value.__self__]
+    elif isinstance(value, Optimizer):
+        value = value.param_groups
+    elif _is_record(value):
+        value = [*vars(value).values()]
     if isinstance(value, list | deque | tuple | set | frozenset):
         for item in value:
             yield from _parts(item)
@@ -163,9 +169,19 @@ def _swap(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
         value.clear()
         value.update(items)
         return value
+    if _is_record(value):
+        for key, item in vars(value).items():
+            object.__setattr__(value, key, _swap(item, replaced))  # it may be frozen
+        return value
     items = [_swap(item, replaced) for item in value]
     if isinstance(value, list | deque | set):
         value.clear()
         (value.update if isinstance(value, set) else value.extend)(items)
         return value
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is a namespace or of a dataclass, which hold things in attributes and do nothing else."""
+    is_one = isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type | nn.Module))
+    return is_one and hasattr(value, "__dict__")

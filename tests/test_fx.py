@@ -66,3 +66,21 @@ def test_quantisation_leaves_fdconv_in_floating_point(model):
     quantised = convert_fx(prepared)
     assert sum(isinstance(module, FDConv2d) for module in quantised.modules()) == 12
     assert relative_error(quantised(x), model(x)) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_eager_quantisation_leaves_fdconv_and_its_parts_in_floating_point():
+    from torch.ao import quantization
+
+    layer = randomise(FDConv2d(20, 20, 3, padding=1, num_bands=8))
+    parts = quantization.QuantStub(), nn.Conv2d(20, 20, 1), quantization.DeQuantStub(), layer
+    net, x = nn.Sequential(*parts).eval(), torch.randn(2, 20, 8, 8)
+    expected = net(x)
+    net.qconfig = quantization.default_qconfig
+    prepared = quantization.prepare(net)
+    prepared(x)
+    quantised = quantization.convert(prepared)
+    assert not isinstance(quantised[1], nn.Conv2d)
+    assert type(quantised[3].ksm.norm) is nn.BatchNorm2d
+    assert relative_error(quantised(x), expected) < 0.1

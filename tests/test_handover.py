@@ -2,7 +2,9 @@
 
 import copy
 from collections import OrderedDict, deque, namedtuple
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,12 +146,21 @@ def test_layers_in_plain_containers_are_replaced_there_too():
 
 
 Pair = namedtuple("Pair", ["layer", "number"])
+
+
+@dataclass(frozen=True)
+class Branch:
+    layer: nn.Module
+
+
 CONTAINERS = {
     "OrderedDict": (lambda layer: OrderedDict(a=layer), lambda held: held["a"]),
     "keys": (lambda layer: {layer: 1}, lambda held: next(iter(held))),
     "deque": (lambda layer: deque([layer], maxlen=2), lambda held: held[0]),
     "set": (lambda layer: {layer}, lambda held: next(iter(held))),
     "named tuple": (lambda layer: Pair([layer], 1), lambda held: held.layer[0]),
+    "namespace": (lambda layer: SimpleNamespace(layers=[layer]), lambda held: held.layers[0]),
+    "dataclass": (Branch, lambda held: held.layer),
     "partial": (lambda layer: partial(map, layer), lambda held: held.args[0]),
     "method": (lambda layer: layer.forward, lambda held: held.__self__),
 }
@@ -173,6 +184,13 @@ def test_a_parameter_in_a_plain_container_is_refused_by_name():
         convert_to_fdconv(model, num_bands=8)
     convert_to_fdconv(model, include="0.0", num_bands=8)
     assert [name for name, _ in named_fd_layers(model)] == ["0.0"]
+
+
+def test_an_optimiser_that_a_module_holds_is_refused_by_name():
+    model = nn.Sequential(conv(), conv())
+    model.optimizer = torch.optim.SGD([{"params": [model[1].bias]}], lr=0.1)
+    with pytest.raises(ValueError, match=r"1: its bias is also in optimizer, .*; leave it with include"):
+        convert_to_fdconv(model, num_bands=8)
 
 
 def test_attributes_of_a_layer_and_of_its_parameters_go_over():

@@ -26,6 +26,8 @@ class DynamicLayer(Entry):
     method: ClassVar[str]
     held: ClassVar[tuple[str, str]]
     tied: ClassVar[dict[str, str]] = {}
+    # torch.ao's eager quantisation leaves what has none, and the parts of it.
+    qconfig: ClassVar[None] = None
 
     @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
