@@ -5,7 +5,7 @@ Names are the authors'; what holds a layer, what it is beside and which channels
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from torch import nn
@@ -22,8 +22,9 @@ ACTIVATION_ATTRIBUTE = re.compile(r"^(act|activation|nonlinearity|\w*_act|\w*act
 SHORTCUTS = {"downsample", "shortcut", "proj"}
 POOLING = re.compile(r"Adaptive(Avg|Max)?Pool|GlobalAvgPool|GlobalPool")
 GATE = re.compile(r"sigmoid|softmax", re.IGNORECASE)
-# In a forward's source: the mean over a map, or a gate.
-POOLS_OR_GATES = re.compile(r"\.mean\(|adaptive_\w+_pool|sigmoid\(|softmax\(", re.IGNORECASE)
+# In a forward's source: the mean or maximum over a map; a gate.
+POOLS = re.compile(r"\.mean\(|\.amax\(|adaptive_\w+_pool")
+GATES = re.compile(r"sigmoid\(|softmax\(", re.IGNORECASE)
 CONVOLUTION = nn.modules.conv._ConvNd
 LAYERS = (CONVOLUTION, nn.Linear, DynamicLayer)
 
@@ -133,34 +134,44 @@ def find_pooled(model: nn.Module) -> Pooled:
     for name, block in model.named_modules():
         parent = model.get_submodule(name.rpartition(".")[0])
         holders = [child for child in block.children() if _holds_layers(child)]
-        for first, second in pairwise(holders):
-            if not _squeezes(first, second):
-                continue
-            # A sequence around the two is the whole branch, or a network that pools for its classifier.
-            is_branch = len(holders) == 2 or not isinstance(block, nn.Sequential)
-            if is_branch and (_pools_or_gates(block) or _pools_or_gates(parent)):
-                found.attention.update((first, second))
+        # A sequence around two is the whole branch; around more, a network that pools for its classifier.
+        if len(holders) == 2 or not isinstance(block, nn.Sequential):
+            is_attention = _gates(block) and (_pools(block) or _pools(parent))
+            may_be = _pools_or_gates(block) or _pools_or_gates(parent)
+            for pair in pairwise(holders):
+                layers = [[part for part in child.modules() if isinstance(part, LAYERS)] for child in pair]
+                if is_attention and all(_returns(first, second) for first, second in product(*layers)):
+                    found.attention.update(*layers)
+                elif may_be and _returns(*pair) and _width(pair[0])[1] < _width(pair[0])[0]:
+                    found.attention.update(pair)
         _sort_pooled(block, found)
     return found
 
 
-def _squeezes(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two pointwise layers go to fewer channels and back, or to several times as many (a branch for each)."""
+def _returns(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two pointwise layers go through no more channels and back, or to several times as many (for branches)."""
     if not (_is_pointwise(first) and _is_pointwise(second)):
         return False
     (width, hidden), (joint, out) = _width(first), _width(second)
-    return hidden < width and hidden == joint and out % width == 0
+    return joint == hidden <= width and out % width == 0
 
 
 def _pools_or_gates(block: nn.Module) -> bool:
     """Whether a block itself pools a map to one place or has a gate, as a module or in its forward's source.
 
-    Networks in networks (two pointwise convolutions on a map) do neither.
+    Networks in networks (two pointwise convolutions on a map) do neither. True where the source can't be read.
     """
-    if any(_pools_globally(child) or GATE.search(type(child).__name__) for child in block.children()):
-        return True
-    source = forward_source(type(block))
-    return source is None or bool(POOLS_OR_GATES.search(source))
+    return forward_source(type(block)) is None or _pools(block) or _gates(block)
+
+
+def _pools(block: nn.Module) -> bool:
+    source = forward_source(type(block)) or ""
+    return any(map(_pools_globally, block.children())) or bool(POOLS.search(source))
+
+
+def _gates(block: nn.Module) -> bool:
+    source = forward_source(type(block)) or ""
+    return any(GATE.search(type(child).__name__) for child in block.children()) or bool(GATES.search(source))
 
 
 def _pools_globally(module: nn.Module) -> bool:

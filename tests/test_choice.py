@@ -260,7 +260,28 @@ class BranchOfConvolutions(nn.Module):
         self.fc = nn.Sequential(nn.Conv2d(80, 20, 1), nn.ReLU(), nn.Conv2d(20, 80, 1))
 
 
-@pytest.mark.parametrize("make", [Pools, BranchOfConvolutions])
+class OfOneWidth(nn.Module):
+    """Linear layers that narrow nothing, of a maximum, with the gate beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 80), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.body(x.amax((2, 3)))[..., None, None]
+
+
+class OfBranches(nn.Module):
+    """A sequence, then a list of branches (SKNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Softmax(1)
+        self.down = nn.Sequential(nn.Conv2d(80, 20, 1), nn.BatchNorm2d(20), nn.ReLU())
+        self.ups = nn.ModuleList(nn.Conv2d(20, 80, 1) for _ in range(2))
+
+
+@pytest.mark.parametrize("make", [Pools, BranchOfConvolutions, OfOneWidth, OfBranches])
 def test_what_weights_a_map_is_attention(make):
     assert set(reasons(make()).values()) == {"attention over channels, of a pooled map"}
     assert set(reasons(nn.Sequential(nn.Conv2d(80, 80, 3), make())).values()) == {
