@@ -4,13 +4,21 @@ An FDConv layer makes one weight for a sample from the mean over all its tokens.
 token change an earlier one; where the first dimension is tokens, it lets one sample change another.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import nn
 
 from .causal import asks_for_causal, is_causal, may_be_masked
+from .sources import forward_source
 from .structure import find_mlps
+
+# In a forward's source: what comes in, or the tokens made from it, gets its first two dimensions exchanged.
+TURNS_TOKENS = re.compile(
+    r"\b(x|h|src|tokens|embeddings|hidden_states|inputs?_ids|inputs_embeds)\s*="
+    r"\s*\1\.(transpose\((0, 1|1, 0)\)|permute\(1, 0, 2\)|swapaxes\(0, 1\))"
+)
 
 
 class Problem(NamedTuple):
@@ -34,14 +42,18 @@ DECODER = Problem(
 )
 SEQUENCE_FIRST = Problem(
     "sequence_first",
-    "sequence first: nn.MultiheadAttention(batch_first=False) beside them takes (tokens, batch, channels), and "
-    "FDLinear takes the first dimension for samples, so that one sample would change another",
+    "sequence first: nn.MultiheadAttention(batch_first=False) beside them, or the model around them, which exchanges "
+    "the first two dimensions, has (tokens, batch, channels), and FDLinear takes the first dimension for samples, so "
+    "that one sample would change another",
 )
 PROBLEMS = (CAUSAL, DECODER, SEQUENCE_FIRST)
 
 
 def _is_sequence_first(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) and not module.batch_first
+    if isinstance(module, nn.MultiheadAttention):
+        return not module.batch_first
+    # Attention turns its tokens within itself; who has MLPs turns them for these.
+    return bool(TURNS_TOKENS.search(forward_source(type(module)) or "") and find_mlps(module)[0])
 
 
 def _blocks(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> Iterator[nn.Module]:

@@ -445,6 +445,31 @@ def test_an_unknown_allowance_is_named():
         convert_to_fdconv(Block(batch_first=True), allow=("casual",))
 
 
+class Turning(nn.Module):
+    """Attention of its own over (tokens, batch, channels), as XLNet's; the samples come first."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x):
+        x = x.transpose(0, 1).contiguous()
+        weights = torch.einsum("ibc,jbc->ijb", self.query(x), x).softmax(1)
+        x = x + torch.einsum("ijb,jbc->ibc", weights, x)
+        return (x + self.mlp(x)).transpose(0, 1)
+
+
+@torch.no_grad()
+def test_a_model_that_puts_its_tokens_first_is_refused():
+    with pytest.raises(ValueError, match=rf"2 layers \(0.mlp.0, 0.mlp.2\).*{REFUSED['sequence_first']}"):
+        convert_to_fdconv(nn.Sequential(Turning()), num_bands=8)
+    insisted = convert_to_fdconv(nn.Sequential(Turning()), allow=("sequence_first",), num_bands=8)
+    x = torch.randn(3, 6, 32)
+    moved = randomise(insisted).eval()
+    assert not torch.allclose(moved(x)[:1], moved(torch.cat([x[:1], x[:2]]))[:1], atol=1e-3)
+
+
 @torch.no_grad()
 def test_batch_first_samples_do_not_meet():
     model = randomise(convert_to_fdconv(nn.Sequential(Block(batch_first=True)), num_bands=8)).eval()
