@@ -179,8 +179,7 @@ def describe_mixed(variant: str, seed: int, model: nn.Module, pictures: Path | N
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from ``argv``."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = create_parser("fashion_mnist", DESCRIPTION, EXAMPLES, [*VARIANTS, *METHODS])
-    parser.set_defaults(variants=list(VARIANTS))
+    parser = create_parser("fashion_mnist", DESCRIPTION, EXAMPLES, [*VARIANTS, *METHODS], list(VARIANTS))
     parser.add_argument(
         "--data-dir", type=Path, default=FOLDER, metavar="DIR",
         help="of the four .gz files (default: %(default)s, where the Debian package puts them)",

