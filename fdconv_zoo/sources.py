@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 
+@lru_cache(maxsize=4096)  # a network has hundreds of modules of a dozen classes, and each reading takes a millisecond
 def read_source(what: type | Callable[..., Any]) -> str | None:
     """Source of a class or function; None where it can't be read, as of what was typed in or compiled."""
     try:

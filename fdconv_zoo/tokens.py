@@ -16,7 +16,7 @@ from .structure import find_mlps
 
 # In a forward's source: what comes in, or the tokens made from it, gets its first two dimensions exchanged.
 TURNS_TOKENS = re.compile(
-    r"\b(x|h|src|tokens|embeddings|hidden_states|inputs?_ids|inputs_embeds)\s*="
+    r"\b(x|h|src|tokens|embeddings|hidden_states|input_ids|inputs_embeds)\s*="
     r"\s*\1\.(transpose\((0, 1|1, 0)\)|permute\(1, 0, 2\)|swapaxes\(0, 1\))"
 )
 
@@ -63,11 +63,10 @@ def _blocks(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> Iter
     """
     for name, module in model.named_modules():
         if matches(name, module):
-            around = name
-            while around and not find_mlps(model.get_submodule(around))[0]:
-                around = around.rpartition(".")[0]
-            block = model.get_submodule(around)
-            yield block if find_mlps(block)[0] else model.get_submodule(name.rpartition(".")[0])
+            parts = name.split(".")
+            around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+            parent = model.get_submodule(name.rpartition(".")[0])
+            yield next((block for block in around if find_mlps(block)[0]), parent)
 
 
 def find_unfit(model: nn.Module) -> dict[nn.Module, Problem]:
