@@ -216,8 +216,8 @@ class KSM(nn.Module):
         from .ops.triton.gates import gates_of_hidden
 
         return gates_of_hidden(
-            projected, self.heads.weight, self.heads.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-            norm.eps, act.scale, act.bias,
+            projected, self.heads.weight, self.heads.bias, mean=norm.running_mean, variance=norm.running_var,
+            norm_weight=norm.weight, norm_bias=norm.bias, epsilon=norm.eps, star_scale=act.scale, star_bias=act.bias,
         )  # fmt: skip
 
     @torch.jit.ignore

@@ -52,7 +52,7 @@ class CondConv2d(DynamicConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups)
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}, but it must be at least 1")
         factory = {"device": device, "dtype": dtype}

@@ -94,7 +94,7 @@ class DynamicConv2d(DynamicConvolution):
     def _mix(self, x: Tensor, attention: Tensor, cells: Tensor, positions: Tensor | None) -> Tensor:
         """Convolves x with kernels mixed by attention (B, m, n) from cells (n, co, ci, a, b)."""
         shape = [self.out_channels, self.in_channels // self.groups, self.kernel_size[0], self.kernel_size[1]]
-        return mixed_conv2d(x, attention, cells, positions, shape, self._geometry(), self.groups)
+        return mixed_conv2d(x, attention, cells, positions, shape, geometry=self._geometry(), groups=self.groups)
 
 
 def pooled(x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class DCDConv2d(DynamicConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups)
         if groups != 1:
             raise ValueError(f"groups={groups}, but DCDConv2d's latent space has no groups: only groups=1")
         if pool < 1:

@@ -93,7 +93,7 @@ class DYConv2d(DynamicConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups)
         if num_kernels < 1 or reduction <= 0:
             raise ValueError(f"num_kernels={num_kernels}, reduction={reduction}, but both must be above 0")
         factory = {"device": device, "dtype": dtype}

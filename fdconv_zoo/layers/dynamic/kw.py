@@ -152,7 +152,7 @@ class KWConv2d(DynamicConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups)
         if groups != 1:
             raise ValueError(f"groups={groups}, but KWConv2d's cells have all channels: only groups=1")
         if nonlocal_basis_ratio <= 0:

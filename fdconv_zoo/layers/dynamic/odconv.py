@@ -139,7 +139,7 @@ class ODConv2d(DynamicConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups)
         if num_kernels < 1:
             raise ValueError(f"num_kernels={num_kernels}, but it must be at least 1")
         factory = {"device": device, "dtype": dtype}
@@ -198,7 +198,7 @@ class ODConv2d(DynamicConv2d):
             left, right, top, bottom = self.pads
             x = F.pad(x, [left, right, top, bottom]) if max(self.pads) > 0 else x
             kernel = self.kernels[0].to(x.dtype)
-            out = F.conv2d(x, kernel, None, self.stride, 0, self.dilation, self.groups)
+            out = F.conv2d(x, kernel, stride=self.stride, dilation=self.dilation, groups=self.groups)
         else:
             if shares is None:
                 shares = torch.ones(x.shape[0], 1, device=x.device, dtype=x.dtype)

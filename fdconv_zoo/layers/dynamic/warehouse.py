@@ -104,7 +104,9 @@ class Warehouse:
         first, self._first = self._first, self._first or layer
         start, counts = sum(self.counts[:index]), self.counts
         columns = self._columns(self.mixtures[index], start)
-        return Place(first, self.cell_shape, self.num_cells, start, counts[index], sum(counts), columns)
+        return Place(
+            first, self.cell_shape, self.num_cells, start=start, own=counts[index], owned=sum(counts), columns=columns
+        )
 
     def _share_out(self) -> list[int]:
         """How many cells each layer owns."""

@@ -38,7 +38,7 @@ def backward_on_gpu(
 ) -> list[Tensor]:
     """Their backward pass by Triton's kernels, where they are there for it."""
     if not fused or not triton.filters(x, mask_grid):
-        return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=limits.OTHER)
+        return bands.backward(grad, x, weight, bias, cutoffs, mask_grid, need_x=need_x, limits=limits.OTHER)
     from .triton import bands as triton_bands
 
     *of_x, grad_weight, grad_bias = triton_bands.backward(
@@ -80,6 +80,6 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if transforms.needs_plain_gradients(grad):
             return *transforms.gradients(plain, (x, weight, bias), grad), None, None, None
         grads = torch.ops.fdconv_zoo.modulate_bands_backward.default(
-            grad, x, weight, bias, ctx.cutoffs, ctx.mask_grid, ctx.fused, need_x=need_x
+            grad, x, weight, bias, ctx.cutoffs, mask_grid=ctx.mask_grid, fused=ctx.fused, need_x=need_x
         )
     return *(grads if need_x else (None, *grads)), None, None, None

@@ -125,12 +125,23 @@ def dynamic_conv2d(
             spectrum = spectrum._replace(bank=None, bank_version=-1)
         if fused and spectrum.bank is None and wants_bank(inputs, geometry):
             spectrum = with_bank(inputs, geometry)
-        tensors = (x, *gates, spectrum.coefficients, *spectrum.gain_map, spectrum.bank, bias)
+        call = Call(
+            x=x,
+            **gates._asdict(),
+            coefficients=spectrum.coefficients,
+            gain_index=spectrum.gain_map.index,
+            gain_tiles=spectrum.gain_map.tiles,
+            bank=spectrum.bank,
+            bias=bias,
+            bank_version=spectrum.bank_version,
+            **geometry._asdict(),
+            channels_last=channels_last,
+            keep=False,
+            fused=fused,
+        )
+        tensors = (getattr(call, name) for name in DIFFERENTIABLE)
         is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        keep = is_trained and not recompute
-        return torch.ops.fdconv_zoo.dynamic_conv2d.default(
-            *tensors, spectrum.bank_version, *geometry, channels_last, keep, fused
-        )[0]
+        return torch.ops.fdconv_zoo.dynamic_conv2d.default(*call._replace(keep=is_trained and not recompute))[0]
 
 
 def wants_bank(inputs: Inputs, geometry: Geometry) -> bool:
@@ -153,8 +164,9 @@ def with_bank(inputs: Inputs, geometry: Geometry) -> Spectrum:
     x, gates, spectrum = inputs
     kernel_size, num_bands = geometry.kernel_size, gates.bands.shape[1]
     bank = torch.ops.fdconv_zoo.bank.default(
-        spectrum.coefficients, *spectrum.gain_map, num_bands, x.shape[1] * kernel_size[1], kernel_size, x.dtype
-    )
+        spectrum.coefficients, *spectrum.gain_map, num_bands, columns=x.shape[1] * kernel_size[1],
+        kernel_size=kernel_size, dtype=x.dtype,
+    )  # fmt: skip
     return spectrum._replace(coefficients=spectrum.coefficients.detach(), bank=bank)
 
 

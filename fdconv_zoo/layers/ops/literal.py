@@ -148,13 +148,15 @@ def weight_of_sample(
 ) -> Tensor:
     """One sample's weight (Cout, Cin, kh, kw), with all gates applied to it."""
     out_channels, in_channels, kh, kw = shape
-    matrix = fdw_matrix(state["fdw.spectrum"], in_channels * kw, gates[0])
+    bands, *others = gates
+    matrix = fdw_matrix(state["fdw.spectrum"], in_channels * kw, bands)
     weight = matrix.flatten()[places_in_matrix(*shape)]
-    if len(gates) > 1:
+    if others:
+        channels, filters, *positions = others
         weight = weight * dense_gate(state, pooled, shape)
-        weight = weight * gates[1].view(1, in_channels, 1, 1) * gates[2].view(out_channels, 1, 1, 1)
-    if len(gates) > 3:
-        weight = weight * gates[3].view(1, 1, kh, kw)
+        weight = weight * channels.view(1, in_channels, 1, 1) * filters.view(out_channels, 1, 1, 1)
+        for gate in positions:  # of kernels larger than 1
+            weight = weight * gate.view(1, 1, kh, kw)
     return weight
 
 

@@ -42,9 +42,11 @@ def weight_of_sample(
 ) -> Tensor:
     """One sample's weight (Cout, Cin, kd, kh, kw), element by element, with all gates applied to it."""
     _, in_channels, kd, kh, kw = shape
-    matrix = fdw_matrix(state["fdw.spectrum"], in_channels * kh * kw, gates[0])
-    logits = None
-    if len(gates) > 1:
+    bands, *others = gates
+    matrix = fdw_matrix(state["fdw.spectrum"], in_channels * kh * kw, bands)
+    logits, positions = None, []
+    if others:
+        channels, filters, *positions = others
         normalised = F.layer_norm(pooled, pooled.shape, state["ksm.local_norm.weight"], state["ksm.local_norm.bias"])
         kernels = state["ksm.local_conv.weight"]
         logits = F.conv1d(normalised[None, None], kernels, padding=kernels.shape[2] // 2)[0]
@@ -53,9 +55,9 @@ def weight_of_sample(
         element = matrix[o * kd + d, c * kh * kw + i * kw + j]
         if logits is not None:
             element = element * 2 * torch.sigmoid(logits[((o * kd + d) * kh + i) * kw + j, c])
-            element = element * gates[1][c] * gates[2][o]
-        if len(gates) > 3:
-            element = element * gates[3][(d * kh + i) * kw + j]
+            element = element * channels[c] * filters[o]
+        for gate in positions:  # of kernels larger than 1
+            element = element * gate[(d * kh + i) * kw + j]
         elements.append(element)
     return torch.stack(elements).view(shape)
 

@@ -46,15 +46,15 @@ def mix(attention: Tensor, cells: Tensor, shape: list[int]) -> Tensor:
     mixed = torch.matmul(attention.reshape(-1, count), cells.reshape(count, -1))
     if [co, ci, a, b] == shape:
         return mixed.view(batch, co, ci, a, b)
-    grid = mixed.view(batch, shape[2] // a, shape[3] // b, shape[0] // co, shape[1] // ci, co, ci, a, b)
-    return grid.permute(0, 3, 5, 4, 6, 1, 7, 2, 8).reshape(batch, shape[0], shape[1], shape[2], shape[3])
+    grid = mixed.view([batch, shape[2] // a, shape[3] // b, shape[0] // co, shape[1] // ci, co, ci, a, b])
+    return grid.permute([0, 3, 5, 4, 6, 1, 7, 2, 8]).reshape([batch, shape[0], shape[1], shape[2], shape[3]])
 
 
 def unmix(grad: Tensor, cells: Tensor) -> Tensor:
     """Gradient of the mixed cells (B*m, co*ci*a*b), given that of the kernels."""
     (batch, filters, channels, kh, kw), (_, co, ci, a, b) = grad.shape, cells.shape
-    grid = grad.reshape(batch, filters // co, co, channels // ci, ci, kh // a, a, kw // b, b)
-    return grid.permute(0, 5, 7, 1, 3, 2, 4, 6, 8).reshape(-1, co * ci * a * b)
+    grid = grad.reshape([batch, filters // co, co, channels // ci, ci, kh // a, a, kw // b, b])
+    return grid.permute([0, 5, 7, 1, 3, 2, 4, 6, 8]).reshape(-1, co * ci * a * b)
 
 
 def plain(mixture: Mixture, shape: list[int], geometry: Geometry, groups: int) -> Tensor:
@@ -84,8 +84,9 @@ def mixed_conv2d(mixture: Mixture, shape: list[int], geometry: Geometry, groups:
         return x.sum() + attention.sum() + cells.sum() + x.new_zeros(len(x), shape[0], *size)
     with without_autocast(x):
         return torch.ops.fdconv_zoo.mixed_conv2d.default(
-            x, attention, cells, positions, shape, geometry.stride, geometry.padding, geometry.dilation, groups
-        )
+            x, attention, cells, positions, shape, stride=geometry.stride, padding=geometry.padding,
+            dilation=geometry.dilation, groups=groups,
+        )  # fmt: skip
 
 
 class Chunk:
@@ -116,8 +117,9 @@ class Chunk:
         if self.pointwise:
             return torch.bmm(self.kernels.flatten(2), self._places()).unflatten(2, size)
         out = F.conv2d(
-            x.reshape(1, -1, *x.shape[2:]), self.kernels.flatten(0, 1), None, self.geometry.stride,
-            (self.geometry.padding[2], self.geometry.padding[0]), self.geometry.dilation, len(x) * self.groups,
+            x.reshape(1, -1, *x.shape[2:]), self.kernels.flatten(0, 1), stride=self.geometry.stride,
+            padding=(self.geometry.padding[2], self.geometry.padding[0]), dilation=self.geometry.dilation,
+            groups=len(x) * self.groups,
         )  # fmt: skip
         return out.view(len(x), -1, *size)
 
@@ -253,8 +255,9 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     with without_autocast(grad):
         if not transforms.needs_plain_gradients(grad):
             grads = torch.ops.fdconv_zoo.mixed_conv2d_backward.default(
-                grad, x, attention, cells, positions, *ctx.rest, need_x
-            )
+                grad, x, attention, cells, positions, shape, stride=stride, padding=padding, dilation=dilation,
+                groups=groups, need_x=need_x,
+            )  # fmt: skip
             grads = grads if need_x else [None, *grads]
             return *grads, *[None] * (9 - len(grads))
         geometry = Geometry.of(shape[2:], stride, padding, dilation)

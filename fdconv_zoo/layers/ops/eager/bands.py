@@ -126,4 +126,4 @@ def backward_kernel(
     need_x: bool,
 ) -> list[Tensor]:
     """Its backward pass by PyTorch's operations."""
-    return backward(grad, x, weight, bias, cutoffs, mask_grid, need_x, limits=device_limits)
+    return backward(grad, x, weight, bias, cutoffs, mask_grid, need_x=need_x, limits=device_limits)

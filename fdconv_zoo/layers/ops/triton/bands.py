@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...low_pass import num_kept
-from .launch import blocks_of, kernel, next_block, precision_of
+from .launch import blocks_of, kernel, next_block, precision_of, strides
 
 
 @triton.jit
@@ -185,9 +185,9 @@ def gate_bands(
     out = gate_bands_fake(x, logits, bias, cutoffs, adjoint, channels_last)
     batch, channels, height, width = x.shape
     modulate_kernel[(batch * channels,)](
-        out, x, logits, bias.contiguous(), projections_of(x, cutoffs), channels, height, width,
-        *x.stride(), *out.stride(), logits.stride(0), logits.stride(1), logits.stride(3),
-        BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
+        out, x, logits, bias.contiguous(), projections_of(x, cutoffs), channels, height=height, width=width,
+        **strides("x", x), **strides("out", out), logit_batch=logits.stride(0), logit_band=logits.stride(1),
+        logit_pixel=logits.stride(3), BANDS=len(cutoffs) // 2, ADJOINT=adjoint, **blocks(x),
     )  # fmt: skip
     return out
 
@@ -218,9 +218,8 @@ def grad_factors(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
     out = grad_factors_fake(grad, x, cutoffs)
     batch, channels, height, width = x.shape
     grad_factors_kernel[(batch * out.shape[1],)](
-        out, grad, x, projections_of(x, cutoffs), channels, height, width, out.shape[1], *x.stride(),
-        *grad.stride(), BANDS=len(cutoffs) // 2,
-        CHANNELS=CHANNELS, **blocks(x),
+        out, grad, x, projections_of(x, cutoffs), channels, height, width=width, channel_blocks=out.shape[1],
+        **strides("x", x), **strides("grad", grad), BANDS=len(cutoffs) // 2, CHANNELS=CHANNELS, **blocks(x),
     )  # fmt: skip
     return out
 
@@ -246,8 +245,8 @@ def backward(
     gates = 2 * torch.sigmoid(logits.float() + bias.float()[:, None, None])
     grad_logits = (by_factor[:, :-1] - by_factor[:, 1:]) * gates * (1 - gates / 2)
     through_gates, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_logits.to(x.dtype), x, weight.to(x.dtype), None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
-        (need_x, True, False),
+        grad_logits.to(x.dtype), x, weight.to(x.dtype), bias_sizes=None, stride=(1, 1), padding=(1, 1),
+        dilation=(1, 1), transposed=False, output_padding=(0, 0), groups=1, output_mask=(need_x, True, False),
     )  # fmt: skip
     grads = [grad_weight.to(weight.dtype), grad_logits.sum((0, 2, 3)).to(bias.dtype)]
     if not need_x:

@@ -20,6 +20,8 @@ from .weight import gated_weights, ungate
 
 # Weight elements of the samples that are convolved at once: mixed from a bank, or transformed with some copies.
 MIXED, TRANSFORMED = 1 << 28, 1 << 26
+# Gates that each sample has of its own.
+PER_SAMPLE = tuple(name for name in Gates._fields if name != "local_weight")
 
 
 class Sources:
@@ -32,6 +34,7 @@ class Sources:
 
     def __init__(self, inputs: Inputs, geometry: Geometry) -> None:
         self.bank, self.gates = inputs.spectrum.bank, inputs.gates
+        self.kernel_size = geometry.kernel_size
         self.columns = inputs.x.shape[1] * geometry.kernel_size[1]
         plan = Plan.make(inputs, geometry, OTHER, channels_last=False)
         self.transform = Transform(inputs.spectrum, self.columns, plan)
@@ -48,6 +51,11 @@ class Sources:
         """The bank (n, Cout*kh*kw, Cin), or FDW's weights of samples (B, R, C)."""
         return self.transform(self.gates.bands[samples]) if self.bank is None else self.bank
 
+    def gated(self, source: Tensor, gates: Gates, dtype: torch.dtype) -> Tensor:
+        """Gated weights (B, Cout, kh*kw, Cin) of samples, given what :meth:`of` gives for them and their gates."""
+        from_bank = self.bank is not None
+        return gated_weights(source, **gates._asdict(), kernel_size=self.kernel_size, from_bank=from_bank, dtype=dtype)
+
 
 def join(parts: list[Tensor]) -> Tensor:
     """Parts of a batch in one; a single part is not copied."""
@@ -56,10 +64,9 @@ def join(parts: list[Tensor]) -> Tensor:
 
 def gates_of(gates: Gates, samples: slice) -> Gates:
     """Gates of samples, laid out as the kernels read them."""
-    per_sample = (gate if gate is None else gate[samples] for gate in gates[:5])
+    own = {name: gate[samples] for name in PER_SAMPLE if (gate := getattr(gates, name)) is not None}
     # Columns are adjacent to the kernels; those of a slice of KSM's heads are.
-    adjacent = (gate if gate is None or gate.stride(1) == 1 else gate.contiguous() for gate in per_sample)
-    chosen = Gates(*adjacent, gates.local_weight)
+    chosen = gates._replace(**{name: gate if gate.stride(1) == 1 else gate.contiguous() for name, gate in own.items()})
     if chosen.local_input is None:
         return chosen
     return chosen._replace(local_input=chosen.local_input.contiguous(), local_weight=chosen.local_weight.contiguous())
@@ -87,8 +94,8 @@ def forward(
     outputs, kept = [], []
     for samples in sources.chunks():
         gates, source = gates_of(inputs.gates, samples), sources.of(samples)
-        weights = gated_weights(source, *gates, geometry.kernel_size, sources.bank is not None, inputs.x.dtype)
-        outputs.append(convolve(inputs.x[samples], weights, bias, *geometry, channels_last))
+        weights = sources.gated(source, gates, inputs.x.dtype)
+        outputs.append(convolve(inputs.x[samples], weights, bias, **geometry._asdict(), channels_last=channels_last))
         if keep:
             kept.append(weights)
         del weights  # the next ones would be made beside them
@@ -128,10 +135,11 @@ def backward(
             if kept is not None:
                 weights = kept[samples]
             else:
-                weights = gated_weights(source, *chosen, kernel_size, bank is not None, x.dtype)
-            grad_x.append(grad_input(slope, weights, x[samples], *geometry, channels_last))
+                weights = sources.gated(source, chosen, x.dtype)
+            at = x[samples]
+            grad_x.append(grad_input(slope, weights, at, **geometry._asdict(), channels_last=channels_last))
             del weights
-        grad_gated = grad_weight(slope, x[samples], *geometry)
+        grad_gated = grad_weight(slope, x[samples], **geometry._asdict())
         if chosen.local_input is None:
             grad_mixed = grad_gated.flatten(1, 2).to(source.dtype)
             if bank is None:
@@ -152,13 +160,12 @@ def backward(
                 else:
                     grad_spectrum.flatten(1).addmm_(*factors)
         parts.append(part._replace(bands=grad_bands))
-    per_sample = (
-        None if values[0] is None else join(list(values)) for values in zip(*(p[:5] for p in parts), strict=True)
-    )
+    given = (name for name in PER_SAMPLE if getattr(parts[0], name) is not None)
+    per_sample = {name: join([getattr(part, name) for part in parts]) for name in given}
     local_weight = None if parts[0].local_weight is None else sum(part.local_weight for part in parts)
     return Gradients(
         x=join(grad_x) if need_x else None,
-        gates=Gates(*per_sample, local_weight),
+        gates=parts[0]._replace(**per_sample, local_weight=local_weight),
         coefficients=grad_spectrum if bank is None else None,
         bank=None if bank is None else grad_spectrum,
     )
@@ -177,7 +184,9 @@ def grad_of_gates(
         from_bank: Whether `source` is the bank.
     """
     batch, num_filters, positions, channels = grad.shape
-    grad_mixed, grad_logits, row_sums, channel_sums = ungate(grad, source, *gates, kernel_size, from_bank)
+    grad_mixed, grad_logits, row_sums, channel_sums = ungate(
+        grad, source, **gates._asdict(), kernel_size=kernel_size, from_bank=from_bank
+    )
     by_row = row_sums.sum(0).view(batch, num_filters, positions)
     taps = gates.local_weight.shape[2]
     reach = taps // 2

@@ -93,8 +93,9 @@ def gates_of_hidden(
     block = next_block(batch, 16, LARGEST_BATCH)
     grid = blocks_of(batch, block), blocks_of(num_out, BLOCK_OUT)
     gates_kernel[grid](
-        out, hidden.contiguous(), weight.contiguous(), bias, mean, variance, norm_weight, norm_bias, star_scale,
-        star_bias, batch, num_hidden, num_out, epsilon, PRECISION=precision_of(torch.float32), BLOCK_B=block,
-        BLOCK_O=BLOCK_OUT, BLOCK_H=next_block(num_hidden, 16, 64),
+        out, hidden.contiguous(), weight.contiguous(), bias, mean=mean, variance=variance, norm_weight=norm_weight,
+        norm_bias=norm_bias, star_scale=star_scale, star_bias=star_bias, batch=batch, num_hidden=num_hidden,
+        num_out=num_out, epsilon=epsilon, PRECISION=precision_of(torch.float32), BLOCK_B=block, BLOCK_O=BLOCK_OUT,
+        BLOCK_H=next_block(num_hidden, 16, 64),
     )  # fmt: skip
     return out

@@ -22,6 +22,12 @@ def blocks_of(count: int, block: int) -> int:
     return -(-count // block)
 
 
+def strides(name: str, maps: Tensor) -> dict[str, int]:
+    """Strides of maps (B, C, H, W) by the kernels' names for them."""
+    batch, channel, row, column = maps.stride()
+    return {f"{name}_batch": batch, f"{name}_channel": channel, f"{name}_row": row, f"{name}_column": column}
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """Precision of products: float32 is exact, but where torch.set_float32_matmul_precision and others allow TF32."""
     if dtype != torch.float32:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Geometry
-from .launch import blocks_of, kernel, next_block, precision_of
+from .launch import blocks_of, kernel, next_block, precision_of, strides
 
 
 @triton.jit
@@ -54,20 +54,9 @@ def convolve_kernel(
         channels = step % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         in_channels = channels < num_channels
         y, column, inside = pixels_of(
-            places,
-            in_places,
-            position,
-            height,
-            width,
-            out_width,
-            TOP,
-            LEFT,
-            DOWN,
-            RIGHT,
-            KERNEL_WIDTH,
-            ROW_STEP,
-            COLUMN_STEP,
-        )
+            places, in_places, position, height, width, out_width, TOP=TOP, LEFT=LEFT, DOWN=DOWN, RIGHT=RIGHT,
+            KERNEL_WIDTH=KERNEL_WIDTH, ROW_STEP=ROW_STEP, COLUMN_STEP=COLUMN_STEP,
+        )  # fmt: skip
         left = tl.load(
             weight + (filters[:, None] * POSITIONS + position) * num_channels + channels[None, :],
             mask=in_filters[:, None] & in_channels[None, :], other=0.0,
@@ -152,20 +141,9 @@ def grad_weight_kernel(
         places = first + tl.arange(0, BLOCK_P)
         out_y, out_x = places // out_width, places % out_width
         y, column, inside = pixels_of(
-            places,
-            places < count,
-            position,
-            height,
-            width,
-            out_width,
-            TOP,
-            LEFT,
-            DOWN,
-            RIGHT,
-            KERNEL_WIDTH,
-            ROW_STEP,
-            COLUMN_STEP,
-        )
+            places, places < count, position, height, width, out_width, TOP=TOP, LEFT=LEFT, DOWN=DOWN, RIGHT=RIGHT,
+            KERNEL_WIDTH=KERNEL_WIDTH, ROW_STEP=ROW_STEP, COLUMN_STEP=COLUMN_STEP,
+        )  # fmt: skip
         slope = tl.load(
             grad + filters[:, None] * grad_channel + (out_y * grad_row + out_x * grad_column)[None, :],
             mask=in_filters[:, None] & inside[None, :], other=0.0,
@@ -252,8 +230,9 @@ def convolve(
     sizes = blocks(num_filters, out_height * out_width, num_channels, "BLOCK_C", x.dtype)
     grid = batch * blocks_of(num_filters, sizes["BLOCK_O"]) * blocks_of(out_height * out_width, sizes["BLOCK_P"])
     convolve_kernel[(grid,)](
-        out, x, weight, bias, num_filters, num_channels, *x.shape[2:], out_height, out_width, *x.stride(),
-        *out.stride(), HAS_BIAS=bias is not None, **constants(*geometry, x.dtype), **sizes,
+        out, x, weight, bias, num_filters, num_channels, height=x.shape[2], width=x.shape[3], out_height=out_height,
+        out_width=out_width, **strides("x", x), **strides("out", out), HAS_BIAS=bias is not None,
+        **constants(*geometry, x.dtype), **sizes,
     )  # fmt: skip
     return out
 
@@ -281,8 +260,8 @@ def grad_input(
     sizes = blocks(num_filters, height * width, num_channels, "BLOCK_O", x.dtype)
     grid = batch * blocks_of(num_channels, sizes["BLOCK_C"]) * blocks_of(height * width, sizes["BLOCK_P"])
     grad_input_kernel[(grid,)](
-        out, grad, weight, num_filters, num_channels, height, width, *grad.shape[2:], *out.stride(), *grad.stride(),
-        **constants(*geometry, x.dtype), **sizes,
+        out, grad, weight, num_filters, num_channels, height, width=width, out_height=grad.shape[2],
+        out_width=grad.shape[3], **strides("x", out), **strides("grad", grad), **constants(*geometry, x.dtype), **sizes,
     )  # fmt: skip
     return out
 
@@ -307,7 +286,7 @@ def grad_weight(
     sizes = blocks(num_filters, out_height * out_width, num_channels, "BLOCK_P", x.dtype)
     grid = len(x) * math.prod(kernel_size) * blocks_of(num_filters, sizes["BLOCK_O"])
     grad_weight_kernel[(grid * blocks_of(num_channels, sizes["BLOCK_C"]),)](
-        out, grad, x, num_filters, num_channels, height, width, out_height, out_width, *x.stride(), *grad.stride(),
-        **constants(*geometry, x.dtype), **sizes,
+        out, grad, x, num_filters, num_channels, height, width=width, out_height=out_height, out_width=out_width,
+        **strides("x", x), **strides("grad", grad), **constants(*geometry, x.dtype), **sizes,
     )  # fmt: skip
     return out

@@ -144,7 +144,9 @@ def gated_weights_kernel(
     inside = in_batch[:, None] & in_channels[None, :]
     rows = num_filters * POSITIONS
     target = out + samples.to(tl.int64)[:, None] * rows * num_channels + channels[None, :]
-    own_gains = load_gains(gains, samples, in_batch, gains_stride, num_bands, FROM_BANK, BAND_BLOCKS, BLOCK_N)
+    own_gains = load_gains(
+        gains, samples, in_batch, gains_stride, num_bands, FROM_BANK=FROM_BANK, BAND_BLOCKS=BAND_BLOCKS, BLOCK_N=BLOCK_N
+    )
     neighbours = load_neighbours(local_input, samples, in_batch, channels, num_channels, TAPS)
     if TAPS > 0:
         by_channel = 2 * tl.load(
@@ -152,13 +154,16 @@ def gated_weights_kernel(
         )
     for row in range(first, tl.minimum(first + ROWS, rows)):
         value = mixed_weights(
-            source, own_gains, samples, in_batch, channels, in_channels, row, num_channels, num_filters, num_bands,
-            KERNEL_HEIGHT, KERNEL_WIDTH, FROM_BANK, SPLIT, PRECISION, BAND_BLOCKS, BLOCK_B, BLOCK_C, BLOCK_N,
+            source, own_gains, samples, in_batch, channels, in_channels, row=row, num_channels=num_channels,
+            num_filters=num_filters, num_bands=num_bands, KERNEL_HEIGHT=KERNEL_HEIGHT, KERNEL_WIDTH=KERNEL_WIDTH,
+            FROM_BANK=FROM_BANK, SPLIT=SPLIT, PRECISION=PRECISION, BAND_BLOCKS=BAND_BLOCKS, BLOCK_B=BLOCK_B,
+            BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N,
         )  # fmt: skip
         if TAPS > 0:
             by_row = load_row_gates(
-                filter_gates, position_gates, samples, in_batch, row, filters_stride, positions_stride, POSITIONS
-            )
+                filter_gates, position_gates, samples, in_batch, row, filters_stride=filters_stride,
+                positions_stride=positions_stride, POSITIONS=POSITIONS,
+            )  # fmt: skip
             value = value * by_row[:, None] * by_channel / inverse_gate(neighbours, local_weight, row, TAPS)
         tl.store(target + row * num_channels, value.to(out.dtype.element_ty), mask=inside)
 
@@ -184,20 +189,25 @@ def ungate_kernel(
     inside = in_batch[:, None] & in_channels[None, :]
     rows = num_filters * POSITIONS
     offset = samples.to(tl.int64)[:, None] * rows * num_channels
-    own_gains = load_gains(gains, samples, in_batch, gains_stride, num_bands, FROM_BANK, BAND_BLOCKS, BLOCK_N)
+    own_gains = load_gains(
+        gains, samples, in_batch, gains_stride, num_bands, FROM_BANK=FROM_BANK, BAND_BLOCKS=BAND_BLOCKS, BLOCK_N=BLOCK_N
+    )
     neighbours = load_neighbours(local_input, samples, in_batch, channels, num_channels, TAPS)
     by_channel = tl.load(channel_gates + samples[:, None] * channels_stride + channels[None, :], mask=inside, other=0.0)
     sums = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     first = row_block * ROWS
     for row in range(first, tl.minimum(first + ROWS, rows)):
         value = mixed_weights(
-            source, own_gains, samples, in_batch, channels, in_channels, row, num_channels, num_filters, num_bands,
-            KERNEL_HEIGHT, KERNEL_WIDTH, FROM_BANK, SPLIT, PRECISION, BAND_BLOCKS, BLOCK_B, BLOCK_C, BLOCK_N,
+            source, own_gains, samples, in_batch, channels, in_channels, row=row, num_channels=num_channels,
+            num_filters=num_filters, num_bands=num_bands, KERNEL_HEIGHT=KERNEL_HEIGHT, KERNEL_WIDTH=KERNEL_WIDTH,
+            FROM_BANK=FROM_BANK, SPLIT=SPLIT, PRECISION=PRECISION, BAND_BLOCKS=BAND_BLOCKS, BLOCK_B=BLOCK_B,
+            BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N,
         )  # fmt: skip
         gate = 1 / inverse_gate(neighbours, local_weight, row, TAPS)
         by_row = load_row_gates(
-            filter_gates, position_gates, samples, in_batch, row, filters_stride, positions_stride, POSITIONS
-        )
+            filter_gates, position_gates, samples, in_batch, row, filters_stride=filters_stride,
+            positions_stride=positions_stride, POSITIONS=POSITIONS,
+        )  # fmt: skip
         places = offset + row * num_channels + channels[None, :]
         slope = 2 * gate * tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
         product = slope * value
@@ -276,22 +286,26 @@ def gated_weights(
         Weights (B, Cout, kh*kw, Cin).
     """
     out = gated_weights_fake(
-        source, bands, channels, filters, positions, local_input, local_weight, kernel_size, from_bank, dtype
-    )
+        source, bands, channels, filters, positions, local_input, local_weight=local_weight, kernel_size=kernel_size,
+        from_bank=from_bank, dtype=dtype,
+    )  # fmt: skip
     batch, num_filters, _, num_channels = out.shape
     num_bands = bands.shape[1]
-    strides = (row_stride(gate) for gate in (bands, channels, filters, positions))
-    sizes = layout(GATED, source, bands, local_weight, out.shape, kernel_size, from_bank)
+    distances = sample_strides(bands, channels, filters, positions)
+    sizes = layout(GATED, source, bands, local_weight, out.shape, kernel_size, from_bank=from_bank)
     gated_weights_kernel[(programs(out.shape, sizes),)](
-        out, source, bands, channels, filters, positions, local_input, local_weight,
-        batch, num_filters, num_channels, num_bands, *strides, **sizes,
+        out, source, bands, channels, filters, positions, local_input=local_input, local_weight=local_weight,
+        batch=batch, num_filters=num_filters, num_channels=num_channels, num_bands=num_bands, **distances, **sizes,
     )  # fmt: skip
     return out
 
 
-def row_stride(gate: Tensor | None) -> int:
-    """Distance of a gate's samples."""
-    return 0 if gate is None else gate.stride(0)
+def sample_strides(
+    bands: Tensor, channels: Tensor | None, filters: Tensor | None, positions: Tensor | None
+) -> dict[str, int]:
+    """Distances of the gates' samples, by the kernels' names for them."""
+    gates = {"gains": bands, "channels": channels, "filters": filters, "positions": positions}
+    return {f"{name}_stride": 0 if gate is None else gate.stride(0) for name, gate in gates.items()}
 
 
 def programs(shape: torch.Size, sizes: dict[str, int | str | bool]) -> int:
@@ -346,14 +360,17 @@ def ungate(
         positions (parts, B, Cin).
     """
     results = ungate_fake(
-        grad, source, bands, channels, filters, positions, local_input, local_weight, kernel_size, from_bank
-    )
+        grad, source, bands, channels, filters, positions, local_input=local_input, local_weight=local_weight,
+        kernel_size=kernel_size, from_bank=from_bank,
+    )  # fmt: skip
+    grad_mixed, grad_logits, row_sums, channel_sums = results
     batch, num_filters, _, num_channels = grad.shape
     num_bands = bands.shape[1]
-    strides = (row_stride(gate) for gate in (bands, channels, filters, positions))
-    sizes = layout(UNGATED, source, bands, local_weight, grad.shape, kernel_size, from_bank)
+    distances = sample_strides(bands, channels, filters, positions)
+    sizes = layout(UNGATED, source, bands, local_weight, grad.shape, kernel_size, from_bank=from_bank)
     ungate_kernel[(programs(grad.shape, sizes),)](
-        grad, source, bands, channels, filters, positions, local_input, local_weight, *results,
-        batch, num_filters, num_channels, num_bands, *strides, **sizes,
+        grad, source, bands, channels, filters, positions, local_input=local_input, local_weight=local_weight,
+        grad_mixed=grad_mixed, grad_logits=grad_logits, row_sums=row_sums, channel_sums=channel_sums,
+        batch=batch, num_filters=num_filters, num_channels=num_channels, num_bands=num_bands, **distances, **sizes,
     )  # fmt: skip
     return results
