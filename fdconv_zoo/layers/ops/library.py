@@ -139,7 +139,7 @@ def dynamic_conv2d(
             keep=False,
             fused=fused,
         )
-        tensors = (getattr(call, name) for name in DIFFERENTIABLE)
+        tensors = [getattr(call, name) for name in DIFFERENTIABLE]
         is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         return torch.ops.fdconv_zoo.dynamic_conv2d.default(*call._replace(keep=is_trained and not recompute))[0]
 
