@@ -130,16 +130,16 @@ def backward(
     parts: list[Gates] = []
     grad_x: list[Tensor] = []
     for samples in sources.chunks():
-        chosen, source, slope = gates_of(gates, samples), sources.of(samples), grad[samples]
+        chosen, source = gates_of(gates, samples), sources.of(samples)
+        maps, slope = x[samples], grad[samples]
         if need_x:
             if kept is not None:
                 weights = kept[samples]
             else:
                 weights = sources.gated(source, chosen, x.dtype)
-            at = x[samples]
-            grad_x.append(grad_input(slope, weights, at, **geometry._asdict(), channels_last=channels_last))
+            grad_x.append(grad_input(slope, weights, maps, **geometry._asdict(), channels_last=channels_last))
             del weights
-        grad_gated = grad_weight(slope, x[samples], **geometry._asdict())
+        grad_gated = grad_weight(slope, maps, **geometry._asdict())
         if chosen.local_input is None:
             grad_mixed = grad_gated.flatten(1, 2).to(source.dtype)
             if bank is None:
