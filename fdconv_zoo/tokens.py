@@ -16,7 +16,7 @@ from .structure import find_mlps
 
 # In a forward's source: what comes in, or the tokens made from it, gets its first two dimensions exchanged.
 TURNS_TOKENS = re.compile(
-    r"\b(x|h|src|tokens|embeddings|hidden_states|input_ids|inputs_embeds)\s*="
+    r"\b(x|h|src|tokens|embeddings|hidden_states|inputs?_ids|inputs_embeds)\s*="
     r"\s*\1\.(transpose\((0, 1|1, 0)\)|permute\(1, 0, 2\)|swapaxes\(0, 1\))"
 )
 

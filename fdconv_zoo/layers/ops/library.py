@@ -125,6 +125,8 @@ def dynamic_conv2d(
             spectrum = spectrum._replace(bank=None, bank_version=-1)
         if fused and spectrum.bank is None and wants_bank(inputs, geometry):
             spectrum = with_bank(inputs, geometry)
+        tensors = (x, *gates, spectrum.coefficients, spectrum.bank, bias)
+        is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         call = Call(
             x=x,
             **gates._asdict(),
@@ -136,12 +138,10 @@ def dynamic_conv2d(
             bank_version=spectrum.bank_version,
             **geometry._asdict(),
             channels_last=channels_last,
-            keep=False,
+            keep=is_trained and not recompute,
             fused=fused,
         )
-        tensors = [getattr(call, name) for name in DIFFERENTIABLE]
-        is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return torch.ops.fdconv_zoo.dynamic_conv2d.default(*call._replace(keep=is_trained and not recompute))[0]
+        return torch.ops.fdconv_zoo.dynamic_conv2d.default(*call)[0]
 
 
 def wants_bank(inputs: Inputs, geometry: Geometry) -> bool:
