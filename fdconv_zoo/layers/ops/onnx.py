@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # What one product more costs beside its multiply-accumulates, in points of its size; measured on ONNX Runtime 1.32.
 STAGE = 12
+# From so many numbers on a matrix is transposed in blocks of so many rows; measured on OpenVINO 2026.4.
+LARGE = 1 << 19
+BLOCK = 16
 
 
 class InverseDFT(NamedTuple):
@@ -112,6 +115,19 @@ def chain(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
     return x.reshape(-1, count // others, others)
 
 
+def turned(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Transposes matrices (B, rows, columns).
+
+    A large one costs OpenVINO four passes over it or more; in two steps, within blocks of rows and of whole blocks, one
+    each. ONNX Runtime takes as long either way.
+    """
+    if rows * columns < LARGE:
+        return x.transpose(1, 2)
+    block = math.gcd(rows, BLOCK)
+    x = x.reshape(-1, rows // block, block, columns).transpose(2, 3)
+    return x.transpose(1, 2).reshape(-1, columns, rows)
+
+
 @torch.jit.unused  # scripts never come here
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     """:func:`.traced.weight_matrices` for an exporter to ONNX.
@@ -133,9 +149,9 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     parts = spectrum.coefficients.to(gains.dtype).index_select(0, order).transpose(1, 2)
     half = F.pad(parts, [0, width - count]) * factor
     lines = chain(half.reshape(-1, 2 * rows, width), vertical.matrices, width)
-    lines = lines.transpose(1, 2).index_select(1, torch.tensor(horizontal.order))
+    lines = turned(lines, 2 * rows, width).index_select(1, torch.tensor(horizontal.order))
     lines = lines.reshape(-1, 2 * len(horizontal.order), rows)
-    return chain(lines, horizontal.matrices, rows).transpose(1, 2)
+    return turned(chain(lines, horizontal.matrices, rows), columns, rows)
 
 
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:

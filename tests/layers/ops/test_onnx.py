@@ -8,7 +8,7 @@ import torch
 from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from fdconv_zoo.layers.fourier import band_index, make_gain_map
 from fdconv_zoo.layers.ops import traced
-from fdconv_zoo.layers.ops.onnx import chain, factors, inverse_dft, weight_matrices
+from fdconv_zoo.layers.ops.onnx import chain, factors, inverse_dft, turned, weight_matrices
 from fdconv_zoo.layers.ops.types import Spectrum
 from tests.compare import randomise, relative_error
 
@@ -49,6 +49,12 @@ def test_factors_leave_no_large_composite(size):
     assert math.prod(parts) == size
     assert all(part <= 32 or factors(part) == [part] for part in parts)
     assert max(parts) <= 16 or size in (251, 502)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 520), (1544, 400), (1021, 521), (12, 7)])
+def test_matrices_are_transposed_in_blocks(rows, columns):
+    x = torch.arange(2 * rows * columns).view(2, rows, columns)
+    assert torch.equal(turned(x, rows, columns), x.transpose(1, 2))
 
 
 FREE = {0: "batch", 2: "height", 3: "width"}
