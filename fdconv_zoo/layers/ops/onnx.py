@@ -118,7 +118,7 @@ def chain(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
 def turned(x: Tensor, rows: int, columns: int) -> Tensor:
     """Transposes matrices (B, rows, columns).
 
-    OpenVINO gives a large one in blocks of rows to another of its kernels, which takes half the time or less. ONNX
+    OpenVINO gives a large one in blocks of rows to another of its kernels, which mostly takes about half the time. ONNX
     Runtime takes as long either way.
     """
     if rows * columns < LARGE:
