@@ -9,14 +9,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from common.command_line import fail
+from common.images import channels_mode
 from common.models import build_model, check_image_size, check_pretrained_classes, expand_names, takes_other_sizes
 from common.onnx_file import free_dimensions, open_onnxruntime, open_openvino, write_onnx
+from common.preprocessing import resolve_preprocessing
 from common.weights import read_checkpoint
 from exporting.args import FORMATS, check_args, parse_args
 from exporting.calibration import calibrate
@@ -43,27 +45,36 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def make_static(model: nn.Module, shape: tuple[int, int, int], args: argparse.Namespace) -> nn.Module:
+def make_static(model: nn.Module, config: dict[str, Any], args: argparse.Namespace) -> nn.Module:
     """The static model, calibrated if that is asked for.
+
+    Args:
+        model: The dynamic one.
+        config: Preprocessing, as timm's loader takes it.
+        args: Arguments of export.py.
 
     Raises:
         ValueError: The data don't fit.
     """
     if not args.calibrate:
         return to_static(model)
-    config = {**timm.data.resolve_data_config({}, model=model), "input_size": shape}
     data = argparse.Namespace(
         data_dir=str(args.calibrate), dataset="", split=None, class_map=None, checkpoint=args.checkpoint
     )
-    return calibrate(model, args.calibrate, args.images, open_dataset(data, model, tell=True), config)
+    labelled = open_dataset(data, model, channels_mode(config["input_size"][0]), tell=True)
+    return calibrate(model, args.calibrate, args.images, labelled, config)
 
 
-def input_shape(model: nn.Module, args: argparse.Namespace) -> tuple[int, int, int]:
-    """Channels, height and width of the example input."""
-    channels, height, width = timm.data.resolve_data_config({}, model=model)["input_size"]
+def prepare_input(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """Preprocessing, of which `input_size` has channels, height and width of the example input.
+
+    Raises:
+        ValueError: The options of the run that left the checkpoint can't be read.
+    """
+    config = resolve_preprocessing(model, {}, args.checkpoint, channels=args.model_kwargs.get("in_chans"))
     if args.img_size:
-        height, width = args.img_size[0], args.img_size[-1]
-    return args.model_kwargs.get("in_chans", channels), height, width
+        config["input_size"] = (config["input_size"][0], args.img_size[0], args.img_size[-1])
+    return config
 
 
 def sample_shapes(shape: tuple[int, int, int], batch: int | None, fixed_size: bool) -> Iterator[tuple[int, ...]]:
@@ -148,10 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_args(args)
         model = create_model(args)
-        shape = input_shape(model, args)
+        config = prepare_input(model, args)
+        shape = config["input_size"]
         check_image_size(model, shape[1:])
         if args.static:
-            model = make_static(model, shape, args)
+            model = make_static(model, config, args)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise fail("export.py", error) from error
     if not args.fixed_size and not takes_other_sizes(model, torch.zeros(1, *shape)):

@@ -13,14 +13,13 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.utils import AverageMeter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.command_line import fail
 from common.demo_data import create_demo_model, create_photo_dataset
-from common.images import ReadableImages
+from common.images import ReadableImages, channels_mode
 from common.inference import Accuracy, inference_loader
 from common.models import (
     UnavailableError,
@@ -30,6 +29,7 @@ from common.models import (
     check_pretrained_classes,
     expand_names,
 )
+from common.preprocessing import resolve_preprocessing
 from common.record import write_json
 from common.weights import read_checkpoint
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
@@ -37,6 +37,8 @@ from fdconv_zoo.cost import count_macs, count_parameters
 from validation.args import check_args, parse_args
 from validation.datasets import open_dataset
 from validation.demo import report_photos
+
+PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
 @torch.inference_mode()
@@ -107,9 +109,16 @@ def prepare(
             check_pretrained_classes(name, kwargs["num_classes"])
         model = build_model(name, checkpoint=checkpoint, **kwargs)
     model.eval()
-    dataset = create_photo_dataset() if args.demo else open_dataset(args, model, tell=first)
-    config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    config = resolve_preprocessing(
+        model,
+        {key: getattr(args, key) for key in PREPROCESSING},
+        args.checkpoint if checkpoint else None,
+        channels=args.model_kwargs.get("in_chans"),
+        test_size=not args.use_train_size,
+    )
     check_image_size(model, config["input_size"][1:])
+    mode = channels_mode(config["input_size"][0])
+    dataset = create_photo_dataset() if args.demo else open_dataset(args, model, mode, tell=first)
     facts = {
         "model": name.partition(".")[0] if checkpoint and ":" not in name else name,
         "checkpoint": str(args.checkpoint) if checkpoint else "",

@@ -5,10 +5,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from common.command_line import fail
@@ -16,6 +17,7 @@ from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
 from common.images import load_image
 from common.models import build_model, check_image_size, expand_names
+from common.preprocessing import resolve_preprocessing
 from common.record import versions
 from common.weights import load_checkpoint, read_checkpoint
 from fdconv_zoo import FDConv2d, convert
@@ -65,8 +67,12 @@ def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
     return f"{names[0]}, converted", model
 
 
-def read_photos(paths: Sequence[Path], model: nn.Module, img_size: int | None) -> tuple[Tensor, Tensor]:
-    """Read photos and prepare them as in the model's validation.
+def read_photos(paths: Sequence[Path], config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Read photos and prepare them as for inference.
+
+    Args:
+        paths: Of the photos.
+        config: Preprocessing, as timm's loader takes it.
 
     Returns:
         Input of the model (B, 3, H, W), and the same as a picture, values in [0, 1].
@@ -75,7 +81,6 @@ def read_photos(paths: Sequence[Path], model: nn.Module, img_size: int | None) -
         ValueError: A file is no image.
         UnusableImagesError: Its pixels have no known range.
     """
-    config = resolve_data_config({"img_size": img_size}, model=model)
     transform = create_transform(**config)
     inputs = []
     for path in paths:
@@ -105,7 +110,8 @@ def visualize(
 
     if not isinstance(layers[layer_name], Layer):
         return visualize_method(title, layer_name, layers, args)
-    batch, photos = read_photos(args.photos, model, args.img_size)
+    config = resolve_preprocessing(model, {"img_size": args.img_size}, args.checkpoint)
+    batch, photos = read_photos(args.photos, config)
     check_image_size(model, tuple(batch.shape[2:]))
     inputs, layer = LayerInputs(layer_name), layers[layer_name]
     device = torch.device(args.device)

@@ -30,6 +30,11 @@ class CorruptImageError(OSError):
     """An image can't be decoded; the message names it."""
 
 
+def channels_mode(channels: int) -> str:
+    """Pillow's name of a model's channels: grey for one."""
+    return "L" if channels == 1 else "RGB"
+
+
 def decode_image(file: BinaryIO, mode: str, name: Callable[[], str]) -> Image.Image:
     """Decode an image to 8 bits a channel; of 16-bit greys the whole range becomes 0 to 255.
 

@@ -54,7 +54,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=256, metavar="N", help="images for the mean (default: %(default)s)")
 
     add = parser.add_argument_group("input").add_argument
-    add("--img-size", type=int, nargs="+", metavar="N", help="one side or height and width (default: the model's own)")
+    add(
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one side or height and width (default: the run's that left the checkpoint, else the model's own)",
+    )
     add("--fixed-batch", type=int, metavar="N", help="a file for batches of N only (default: any)")
     add("--fixed-size", action="store_true", help="a file for this image size only (default: any)")
 

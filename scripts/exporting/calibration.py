@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.image_folders import FolderReader, find_split
-from common.images import ImageSet
+from common.images import ImageSet, channels_mode
 from common.inference import Accuracy, inference_loader
 from fdconv_zoo import to_static
 
@@ -37,7 +37,7 @@ def calibrate(model: nn.Module, root: Path, images: int, labelled: Dataset, conf
     print(f"accuracy of the dynamic model, on {len(labelled):,} images ...", file=sys.stderr, flush=True)
     dynamic = measure(model, labelled, config)
     print(f"means over {len(reader):,} images of {reader.root} ...", file=sys.stderr, flush=True)
-    static = to_static(model, load(ImageSet(reader), config))
+    static = to_static(model, load(ImageSet(reader, channels_mode(config["input_size"][0])), config))
     result = measure(static, labelled, config)
     print(
         f"{'':<10}{'top-1':>9}{'top-5':>9}   on {len(labelled):,} images, means over {len(reader):,} of {reader.root}"

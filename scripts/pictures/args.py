@@ -59,7 +59,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to draw").add_argument
     add("--layer", metavar="NAME", help="dynamic layer (default: the first with FBM, or else the first)")
     add("--list-layers", action="store_true", help="print the names of the dynamic layers and stop")
-    add("--img-size", type=int, metavar="PIXELS", help="side of the image (default: the model's own)")
+    add(
+        "--img-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the image (default: the run's that left the checkpoint, else the model's own)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     return parser.parse_args(argv)
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import FakeData, ImageFolder
 
 from common.image_folders import FolderReader, describe_named, find_split
-from common.images import ImageSet, check_ranges, load_image
+from common.images import ImageSet, channels_mode, check_ranges, load_image
 
 IMAGENET_IMAGES = 1_281_167
 _logger = logging.getLogger("train")
@@ -34,7 +34,7 @@ def create_datasets(args: argparse.Namespace, rank: int = 0, world_size: int = 1
     """
     if not args.dataset and not Path(args.data_dir).exists():
         raise ValueError(f"there is no data directory {args.data_dir}")
-    mode = "L" if args.in_chans == 1 else "RGB"
+    mode = channels_mode(args.in_chans)
     train, val = _open_folders(args, mode) if not args.dataset else _open_named(args, mode)
     for split in (train, val):
         paths = [path for path, _ in _samples(split) if path.lower().endswith((".tif", ".tiff"))]

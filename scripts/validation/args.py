@@ -59,9 +59,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-classes", type=int, help="outputs of the classifier, for --checkpoint")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
 
-    add = parser.add_argument_group("preprocessing (default: the model's own, at its test size)").add_argument
+    add = parser.add_argument_group(
+        "preprocessing (default: the model's own, at its test size; for a checkpoint in the folder of a run of "
+        "train.py as in its validation)"
+    ).add_argument
     add("--img-size", type=int)
-    add("--use-train-size", action="store_true", help="the size the model was trained at")
+    add("--use-train-size", action="store_true", help="the size that pretrained weights were trained at")
     add("--crop-pct", type=float)
     add("--crop-mode", choices=("center", "squash", "border"))
     add("--interpolation", choices=("bilinear", "bicubic"))

@@ -23,7 +23,7 @@ from common.images import ImageSet, load_image
 from fdconv_zoo.run_files import CLASSES_FILE
 
 
-def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Dataset:
+def open_dataset(args: argparse.Namespace, model: nn.Module, mode: str, tell: bool) -> Dataset:
     """Open the images, with the numbers of the model's outputs where they can be known.
 
     They are known from `--class-map`, from the classes.txt that a run of train.py leaves beside its checkpoint, from a
@@ -33,12 +33,13 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, tell: bool) -> Data
     Args:
         args: Arguments of validate.py.
         model: Has the outputs.
+        mode: Pillow's name of the channels, `RGB` or `L`.
         tell: Print what is odd about the data.
 
     Raises:
         ValueError: A split is missing, or classes have no output.
     """
-    open_numbered = _open_folder(args) if _is_folder(args) else _open_named(args)
+    open_numbered = _open_folder(args, mode) if _is_folder(args) else _open_named(args, mode)
     dataset = open_numbered(None)
     reader = getattr(dataset, "reader", None)
     if args.class_map and reader is None:
@@ -87,12 +88,12 @@ def _split_folder(args: argparse.Namespace) -> Path:
         raise ValueError(f"{error}. Choose one with --split ('.' is {root} itself)") from error
 
 
-def _open_folder(args: argparse.Namespace) -> Callable[[Mapping[str, int] | None], Dataset]:
+def _open_folder(args: argparse.Namespace, mode: str) -> Callable[[Mapping[str, int] | None], Dataset]:
     folder = _split_folder(args)
-    return lambda numbers: ImageSet(FolderReader(folder, numbers))
+    return lambda numbers: ImageSet(FolderReader(folder, numbers), mode)
 
 
-def _open_named(args: argparse.Namespace) -> Callable[[Mapping[str, int] | None], Dataset]:
+def _open_named(args: argparse.Namespace, mode: str) -> Callable[[Mapping[str, int] | None], Dataset]:
     """How to open a tar file or a data set that timm has a name for."""
     create = partial(
         create_dataset,
@@ -103,15 +104,16 @@ def _open_named(args: argparse.Namespace) -> Callable[[Mapping[str, int] | None]
         batch_size=args.batch_size,
         input_key=args.input_key,
         target_key=args.target_key,
+        input_img_mode=mode,
     )
     if args.dataset.lower() in ("torch/image_folder", "torch/folder"):
-        create = partial(create, root=_split_folder(args), search_split=False, loader=partial(load_image, mode="RGB"))
+        create = partial(create, root=_split_folder(args), search_split=False, loader=partial(load_image, mode=mode))
 
     add_img_extensions(tuple(ENDINGS - get_img_extensions(as_set=True)))  # for timm's reader of tar files
 
     def open_numbered(numbers: Mapping[str, int] | None) -> Dataset:
         dataset = create(class_map=dict(numbers) if numbers else None)
-        return ImageSet(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
+        return ImageSet(dataset.reader, mode) if isinstance(dataset, ImageDataset) else dataset
 
     return open_numbered
 
