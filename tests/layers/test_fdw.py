@@ -17,7 +17,8 @@ from fdconv_zoo.layers.fourier import (
     to_spectrum,
     weight_to_matrix,
 )
-from fdconv_zoo.layers.ops import literal, weight_matrices
+from fdconv_zoo.layers.ops import literal, traced, weight_matrices
+from fdconv_zoo.layers.ops.bank import make_bank
 from tests.compare import relative_error
 
 # Cout, Cin, kh, kw: even and odd columns and rows, rectangular kernels, one row, one column
@@ -124,6 +125,17 @@ def test_forward_and_backward_match_the_reference(rows, columns, num_bands, batc
         torch.autograd.grad(output, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
     ):
         assert relative_error(got, wanted) < 1e-13
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 1), (3, 3), (2, 5)])
+def test_a_bank_mixes_to_the_weights_of_the_transform(kernel_size):
+    filters, channels, num_bands = 4, 6, 5
+    kh, kw = kernel_size
+    fdw = FDW(filters * kh, channels * kw, num_bands, kernel_size=kernel_size)
+    gains = torch.rand(3, num_bands)
+    bank = make_bank(fdw.spectrum, fdw().gain_map, num_bands, fdw.columns, kernel_size, torch.float32)
+    mixed = traced.weight_matrices(fdw()._replace(bank=bank), gains, fdw.columns)
+    assert relative_error(mixed, fdw.matrices(gains)) < 1e-5
 
 
 def test_gradcheck():

@@ -31,7 +31,10 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     """
     bank = spectrum.bank
     if bank is not None:
-        return torch.matmul(gains, bank.to(gains.dtype).flatten(1)).view(-1, bank.shape[1], columns)
+        mixed = torch.matmul(gains, bank.to(gains.dtype).flatten(1))
+        # A bank has channels as neighbours, a matrix the columns of the kernel.
+        width = columns // bank.shape[2]
+        return mixed.view(-1, bank.shape[1] // width, width, bank.shape[2]).transpose(2, 3).flatten(2)
     if for_onnx:
         return onnx.weight_matrices(spectrum, gains, columns)
     # The second half of the table undoes the sqrt(2) of the Parseval scaling in the same gather.
