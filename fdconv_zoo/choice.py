@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .handover import kept_reason
 from .layers import FDConv1d, FDConv2d, FDConv3d, FDLinear
-from .layers.base import DynamicLayer
+from .layers.base import DynamicLayer, computed_reason
 from .methods import METHODS, Method
 from .structure import (
     MIN_CHANNELS,
@@ -133,9 +133,8 @@ def impossible_reason(layer: nn.Module, method: Method) -> str:
         return f"not initialised ({type(layer).__name__}): run the model once before it is converted"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return f"a transposed convolution: {method.title} has none"
-    if "weight" not in layer._parameters and not hasattr(layer, "parametrizations"):
-        sources = ", ".join(layer._parameters) or "nothing"
-        return f"its weight is computed from {sources} by a hook (weight_norm, spectral_norm, pruning)"
+    if computed := computed_reason(layer):
+        return computed
     if type(layer) not in method.counterparts:
         if type(layer) in METHODS["fdconv"].counterparts:
             return f"nn.{type(layer).__name__}: {method.title} has none"

@@ -39,6 +39,12 @@ class BandOptions(nn.Module):
             self.values.copy_(torch.tensor(self.options, device="cpu"))
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Saves the numbers as they were set: averages of a model's buffers cut integers down."""
+        if not self.values.is_meta and not self.values.is_inference():
+            self.values.copy_(torch.tensor(self.options, device="cpu"))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],

@@ -159,6 +159,14 @@ class DynamicLayer(Entry):
         return twin.train(self.training)
 
 
+def computed_reason(layer: nn.Module) -> str:
+    """What a layer's weight is computed from by a hook, which leaves an old one there; or an empty string."""
+    if "weight" in layer._parameters or hasattr(layer, "parametrizations"):
+        return ""
+    sources = ", ".join(layer._parameters) or "nothing"
+    return f"its weight is computed from {sources} by a hook (weight_norm, spectral_norm, pruning)"
+
+
 class DynamicConvolution(DynamicLayer):
     """A dynamic convolution; it has what the static one has, `in_channels` to `groups`.
 
@@ -180,13 +188,16 @@ class DynamicConvolution(DynamicLayer):
             **kwargs: Keyword arguments of this class.
 
         Raises:
-            ValueError: If `conv` is of another class, pads with something other than zeros, or can't be of this kind.
+            ValueError: If `conv` is of another class, has a computed weight, pads with something other than zeros, or
+                can't be of this kind.
         """
         if type(conv) is not cls.static_class:
             raise ValueError(
                 f"{type(conv).__name__} may compute something else than nn.{cls.static_class.__name__}, which alone is "
                 f"converted to {cls.__name__}"
             )
+        if computed := computed_reason(conv):
+            raise ValueError(f"{type(conv).__name__} stays static: {computed}")
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode={conv.padding_mode!r}, but {cls.__name__} pads with zeros only")
         layer = cls(

@@ -15,17 +15,20 @@ from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
 from .band_options import BandOptions
-from .base import DynamicConvolution, DynamicLayer
+from .base import DynamicConvolution, DynamicLayer, computed_reason
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .fourier import to_spectrum, weight_to_matrix
 from .ksm import KSM
 from .layout import to_channels_last
 from .ops import dynamic_conv2d
-from .ops.types import Geometry, Inputs
+from .ops.types import Gates, Geometry, Inputs, Spectrum
 from .options import check_types, refuse_official_names
 from .padding import explicit_pads
 from .static_weight import HasStaticWeight
+
+# Parameters that are zero where every gate is 1.
+ZERO_AT_REST = ("ksm.heads.weight", "ksm.heads.bias", "ksm.local_conv.weight", "fbm.weight", "fbm.bias")
 
 
 class _FDLayer(HasStaticWeight, DynamicLayer):
@@ -139,9 +142,10 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
 
     @torch.jit.ignore
     def static_state(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """The spectrum of a static weight, shaped as that of nn.Conv2d or nn.Linear, and the bias."""
+        """The spectrum of a static weight, shaped as that of nn.Conv2d or nn.Linear, the bias, and gates of 1."""
         matrix = weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape))
         state = {"fdw.spectrum": to_spectrum(matrix)}
+        state |= {name: torch.zeros_like(p) for name, p in self.named_parameters() if name in ZERO_AT_REST}
         return state if bias is None else {**state, "bias": bias}
 
     @torch.jit.ignore
@@ -168,10 +172,27 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
     def _geometry(self) -> Geometry:
         return Geometry(self.kernel_shape, self.stride, self.pads, self.dilation)
 
+    def _gates(self, x: Tensor, places: list[int], spectrum: Spectrum, by_kernels: bool) -> Gates:
+        """Gates of each sample of x, whose mean is that over the dimensions `places`."""
+        exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
+        if not torch.jit.is_scripting() and x.shape[0] > 0 and 0 in x.shape[2:]:
+            return self._gates_of_nothing(x, exact_dtype)
+        return self.ksm(x.mean(places, dtype=exact_dtype), by_kernels and self.fused)
+
+    @torch.jit.unused
+    def _gates_of_nothing(self, x: Tensor, dtype: torch.dtype) -> Gates:
+        """Gates of samples that have no place and so no mean: no statistics are to be made of them."""
+        norm = self.ksm.norm
+        mode = norm.training
+        norm.eval()
+        try:
+            return self.ksm(x.new_zeros(x.shape[0], x.shape[1], dtype=dtype))
+        finally:
+            norm.train(mode)
+
     def _convolve(self, x: Tensor, channels_last: bool, by_kernels: bool) -> Tensor:
         geometry, spectrum = self._geometry(), self.fdw()
-        exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
-        gates = self.ksm(x.mean([2, 3], dtype=exact_dtype), by_kernels and self.fused)
+        gates = self._gates(x, [2, 3], spectrum, by_kernels)
         if self.fbm is not None:
             x = self.fbm(x)
         inputs, scale, bias = Inputs(x, gates, spectrum), self.filter_scale, self.bias
@@ -379,12 +400,14 @@ class FDLinear(_FDLayer):
             **kwargs: Keyword arguments of FDLinear.
 
         Raises:
-            ValueError: If `linear` is of a subclass.
+            ValueError: If `linear` is of a subclass, or has a computed weight.
         """
         if type(linear) is not nn.Linear:
             raise ValueError(
                 f"{type(linear).__name__} may compute something else than nn.Linear, which alone is converted"
             )
+        if computed := computed_reason(linear):
+            raise ValueError(f"{type(linear).__name__} stays static: {computed}")
         layer = cls(
             linear.in_features,
             linear.out_features,

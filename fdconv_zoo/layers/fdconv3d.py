@@ -1,6 +1,5 @@
 """FDConv3d: frequency dynamic convolution of volumes, in plain operations."""
 
-import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -31,8 +30,7 @@ class FDConv3d(FDConvNd):
 
     def _convolve(self, x: Tensor, channels_last: bool, by_kernels: bool) -> Tensor:
         spectrum = self.fdw()
-        exact_dtype = torch.promote_types(spectrum.coefficients.dtype, torch.float32)
-        gates = self.ksm(x.mean([2, 3, 4], dtype=exact_dtype), by_kernels and self.fused)
+        gates = self._gates(x, [2, 3, 4], spectrum, by_kernels)
         if self.fbm is not None:
             x = self.fbm(x)
         geometry = VolumeGeometry(self.kernel_size, self.stride, self.pads, self.dilation)

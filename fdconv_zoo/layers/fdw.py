@@ -38,6 +38,13 @@ class KeptBank(NamedTuple):
 GainMaps = dict[tuple[int, int, int, bool], GainMap]
 
 
+def _sums(index: Tensor, tiles: Tensor) -> tuple[int, int] | None:
+    """Sums of the numbers in a gain map; None where there are no numbers, on the meta device or in fake tensors."""
+    if any(type(part) is not Tensor or part.is_meta for part in (index, tiles)):
+        return None
+    return int(index.sum()), int(tiles.sum())
+
+
 class FDW(nn.Module):
     """Fourier Disjoint Weight: the spectrum of a weight matrix and the groups of its coefficients.
 
@@ -59,6 +66,7 @@ class FDW(nn.Module):
     gain_index: Tensor
     gain_tiles: Tensor
     kept_bank: KeptBank | None = None
+    map_sums: tuple[int, int] | None = None  # of pickles from before it was there
 
     def __init__(
         self,
@@ -112,14 +120,16 @@ class FDW(nn.Module):
             device: Device of the map; None for that of the spectrum.
         """
         key = self.rows, self.columns, self.num_bands, self.official_order
-        gain_map = None if known is None else known.get(key)
-        if gain_map is None:
-            gain_map = make_gain_map(band_index(*key), self.num_bands, self.columns)
-            if known is not None:
-                known[key] = gain_map
-        # Copies: modules that share a buffer list it once.
         place = self.spectrum.device if device is None else device
-        self.gain_index, self.gain_tiles = (part.to(place, copy=True) for part in gain_map)
+        with torch.inference_mode(False):  # a layer that is made anew there may be trained later
+            gain_map = None if known is None else known.get(key)
+            if gain_map is None:
+                gain_map = make_gain_map(band_index(*key), self.num_bands, self.columns)
+                if known is not None:
+                    known[key] = gain_map
+            # Copies: modules that share a buffer list it once.
+            self.gain_index, self.gain_tiles = (part.to(place, copy=True) for part in gain_map)
+        self.map_sums = _sums(*gain_map)
 
     @torch.jit.ignore
     def _follow_spectrum(self) -> None:
@@ -137,8 +147,10 @@ class FDW(nn.Module):
         if before[0].is_meta and not after[0].is_meta:
             self.init_non_persistent_buffers()
         elif not after[0].is_meta:
-            for new, old in zip(after, before, strict=True):
-                if new is not old:
+            for name, new, old in zip(("gain_index", "gain_tiles"), after, before, strict=True):
+                if new.dtype != old.dtype:  # as of type(), which casts all there is
+                    setattr(self, name, old.to(new.device))
+                elif new is not old:
                     new.copy_(old)
         return self
 
@@ -216,9 +228,15 @@ class FDW(nn.Module):
 
     @torch.jit.ignore
     def train(self, mode: bool = True) -> "FDW":
-        """Training changes the spectrum: a kept bank is given up."""
+        """Training changes the spectrum: a kept bank is given up.
+
+        The gain map is made anew where its numbers changed: averages of a model's buffers (`AveragedModel(...,
+        use_buffers=True)`) cut integers down.
+        """
         if mode:
             self.drop_bank()
+        if self.map_sums is not None and _sums(self.gain_index, self.gain_tiles) not in (self.map_sums, None):
+            self.init_non_persistent_buffers()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -149,6 +149,17 @@ def lines_to_rows(lines: Tensor, columns: int) -> Tensor:
     return torch.fft.irfft(drop_unpaired(lines, columns), n=columns, dim=-1, norm="ortho")
 
 
+def as_complex(parts: Tensor) -> Tensor:
+    """Complex numbers of real and imaginary parts (..., 2): a view where memory allows it.
+
+    A parameter or its gradient may be a piece of a flat vector, at an odd place (FSDP, DDP's buckets).
+    """
+    *others, last = parts.stride()
+    if last != 1 or any(stride % 2 for stride in (parts.storage_offset(), *others)):
+        parts = parts.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(parts)
+
+
 def to_spectrum(matrix: Tensor) -> Tensor:
     """Half spectrum of a weight matrix, scaled so that its norm is that of the matrix (Parseval).
 
@@ -167,7 +178,7 @@ def to_spectrum(matrix: Tensor) -> Tensor:
 def from_spectrum(spectrum: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`to_spectrum`: (R, C//2+1, 2) to the weight matrix (R, C)."""
     exact = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-    half = torch.view_as_complex(exact.contiguous()) / column_scale(columns, exact.device, exact.dtype)
+    half = as_complex(exact) / column_scale(columns, exact.device, exact.dtype)
     return lines_to_rows(torch.fft.ifft(half, dim=0, norm="ortho"), columns).to(spectrum.dtype)
 
 

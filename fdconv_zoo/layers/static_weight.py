@@ -324,6 +324,11 @@ class HasStaticWeight(nn.Module):
         """Takes over a static weight, shaped as that of nn.Conv2d or nn.Linear; bias and gates stay."""
         if not self.takes_shape(weight.shape):
             raise ValueError(f"a static weight of shape {list(weight.shape)} instead of {list(self.static_shape)}")
+        if not isinstance(self.fdw.spectrum, nn.Parameter):
+            raise ValueError(
+                "fdw.spectrum is made by a parametrization, which would undo what is set: remove it first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         self.fdw.set_matrix(weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape)))
         self.filter_scale = None
 

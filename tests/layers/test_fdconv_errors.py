@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
 from fdconv_zoo.layers import ksm
@@ -127,6 +128,42 @@ def test_integer_inputs_are_named():
 def test_an_empty_batch(size):
     assert FDConv2d(20, 24, 3).eval()(torch.zeros(0, 20, size, size)).shape == (0, 24, size - 2, size - 2)
     assert FDLinear(20, 24).eval()(torch.zeros(0, size, 20)).shape == (0, size, 24)
+
+
+NONE = {
+    "conv": (lambda **kwargs: FDConv2d(18, 20, 3, padding=1, num_bands=4, **kwargs), [(2, 18, 0, 5), (0, 18, 5, 5)]),
+    "conv1d": (lambda **kwargs: FDConv1d(18, 20, 3, padding=1, num_bands=4, **kwargs), [(2, 18, 0), (0, 18, 5)]),
+    "conv3d": (lambda **kwargs: FDConv3d(18, 20, 1, num_bands=4, **kwargs), [(0, 18, 5, 5, 5)]),
+    "linear": (lambda **kwargs: FDLinear(18, 20, num_bands=4, **kwargs), [(2, 0, 18), (0, 5, 18), (0, 18)]),
+}
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_nothing_has_gradients_for_all_parameters_and_leaves_the_statistics(kind):
+    make, shapes = NONE[kind]
+    for shape in shapes:
+        layer = make(norm_layer=nn.BatchNorm2d if shape[0] else lambda channels: nn.GroupNorm(1, channels)).train()
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        out = layer(torch.zeros(shape))
+        assert out.numel() == 0
+        out.sum().backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in layer.parameters())
+        assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+        assert layer.training and layer.ksm.norm.training
+
+
+def test_padding_alone_is_no_map():
+    with pytest.raises(ValueError, match="nothing to convolve but padding"):
+        FDConv2d(18, 20, 3, padding=2, num_bands=4)(torch.zeros(2, 18, 0, 0))
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm, prune.identity])
+@pytest.mark.filterwarnings("ignore")
+def test_computed_weights_are_refused(wrap):
+    options = {"name": "weight"} if wrap is prune.identity else {}
+    for make, layer in ((FDConv2d.from_conv, nn.Conv2d(18, 20, 3)), (FDLinear.from_linear, nn.Linear(18, 20))):
+        with pytest.raises(ValueError, match="its weight is computed from"):
+            make(wrap(layer, **options))
 
 
 def test_autocast_leaves_float64_alone_as_it_does_for_conv2d():

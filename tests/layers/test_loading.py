@@ -7,9 +7,11 @@ import timm
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
-from tests.compare import randomise
+from tests.compare import randomise, relative_error
 
 
 def on_meta(make):
@@ -42,6 +44,23 @@ def set_one_by_one(layer, state):
     return layer
 
 
+def averaged(layer, average):
+    """The layer's average over updates in which nothing changed, buffers included."""
+    model = AveragedModel(layer, use_buffers=True, **average)
+    for _ in range(3):
+        model.update_parameters(layer)
+    return model.module
+
+
+def of_one_vector(layer):
+    """Parameters as pieces of one vector that begin at odd places, as FSDP and DDP's buckets have them."""
+    pieces, start = nn.Parameter(torch.zeros(1)), [*layer.parameters()]
+    everything = [pieces, *start]
+    vector_to_parameters(parameters_to_vector(everything).detach().clone(), everything)
+    assert any(parameter.storage_offset() % 2 for parameter in layer.parameters())
+    return layer
+
+
 WAYS = {
     "assign to a meta layer": lambda make, state: loaded(on_meta(make), state, assign=True),
     "assign, then move": lambda make, state: loaded(on_meta(make), state, assign=True).to(torch.float32),
@@ -52,6 +71,12 @@ WAYS = {
     "parameters set one by one": lambda make, state: set_one_by_one(on_meta(make), state),
     "set one by one, then moved": lambda make, state: set_one_by_one(on_meta(make), state).to("cpu"),
     "shared memory": lambda make, state: loaded(make(), state).share_memory(),
+    "averaged": lambda make, state: averaged(loaded(make(), state), dict(multi_avg_fn=get_ema_multi_avg_fn(0.9999))),
+    "averaged one by one": lambda make, state: averaged(
+        loaded(make(), state), dict(avg_fn=lambda average, value, _: 0.9999 * average + (1 - 0.9999) * value)
+    ),
+    "cast to a type": lambda make, state: loaded(make(), state).type(torch.float32),
+    "pieces of a vector": lambda make, state: of_one_vector(loaded(make(), state)),
     "a copy of an assigned layer": lambda make, state: copy.deepcopy(loaded(on_meta(make), state, assign=True)),
 }
 LAYERS = {
@@ -67,7 +92,8 @@ def test_each_way_of_loading_gives_the_layer_that_was_saved(way, kind):
     make, shape = LAYERS[kind]
     source, x = randomise(make()).eval(), torch.randn(shape)
     layer = WAYS[way](make, source.state_dict()).eval()
-    assert torch.equal(layer(x), source(x))
+    assert relative_error(layer(x), source(x)) <= (1e-5 if "averaged" in way else 0)
+    make().load_state_dict(layer.state_dict())
     assert not any(buffer.is_meta for buffer in layer.buffers())
 
 
@@ -118,3 +144,25 @@ def test_parameters_alone_on_the_meta_device_leave_the_gain_map_real(monkeypatch
         model = convert_to_fdconv(nn.Sequential(nn.Conv2d(18, 20, 3), nn.Linear(18, 20)), include=lambda *_: True)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_that_is_first_called_in_inference_mode_can_be_trained(kind):
+    make, shape = LAYERS[kind]
+    layer = set_one_by_one(on_meta(make), make().state_dict())
+    with torch.inference_mode():
+        layer(torch.randn(shape))
+    layer.train()(torch.randn(shape)).sum().backward()
+    assert layer.fdw.spectrum.grad is not None
+
+
+def test_the_static_weight_of_a_piece_of_a_vector():
+    layer = FDConv2d(5, 7, 3, num_bands=4)
+    expected = layer.static_weight()
+    assert torch.equal(of_one_vector(layer).static_weight(), expected)
+    layer(torch.randn(2, 5, 6, 6)).sum().backward()
+    expected = layer.weight.grad.clone()
+    flat = torch.zeros(layer.fdw.spectrum.numel() + 1)
+    flat[1:] = layer.fdw.spectrum.grad.flatten()
+    layer.fdw.spectrum.grad = flat[1:].view_as(layer.fdw.spectrum)
+    assert torch.equal(layer.weight.grad, expected)

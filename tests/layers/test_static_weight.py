@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.layers import trunc_normal_tf_
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrize
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.checkpoint import describe_misfits
@@ -243,6 +243,25 @@ def test_a_static_weight_of_another_shape_and_a_bias_for_none_are_refused(layer)
     with pytest.raises(ValueError, match=r"a bias that is (None|a tensor), but the layer has bias="):
         layer.set_static(torch.zeros(shape), bias if layer.bias is None else None)
     layer.set_static(torch.zeros(*shape, 1, 1)[..., 0], None if layer.bias is None else bias)
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_parametrised_spectrum_is_not_set_in_vain():
+    layer = randomise(FDConv2d(18, 20, 3, num_bands=4))
+    parametrize.register_parametrization(layer.fdw, "spectrum", Twice())
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    writes = [
+        lambda: layer.set_static(torch.randn(20, 18, 3, 3), torch.randn(20)),
+        lambda: nn.init.zeros_(layer.weight),
+    ]
+    for write in writes:
+        with pytest.raises(ValueError, match="spectrum is made by a parametrization"):
+            write()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 def test_a_fused_layer_trains():

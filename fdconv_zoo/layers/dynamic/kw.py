@@ -88,6 +88,13 @@ class KWAttention(Annealed):
             self.columns.copy_(torch.tensor(self.column_list, device="cpu"))
         return self
 
+    @torch.jit.ignore
+    def train(self, mode: bool = True) -> "KWAttention":
+        """The columns are made anew: averages of a model's buffers cut integers down."""
+        if not self.columns.is_meta:
+            self.columns.copy_(torch.tensor(self.column_list, device="cpu"))
+        return super().train(mode)
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, m, n + 1), the null cell's last."""
         logits = self.fc2(hidden).view(hidden.shape[0], self.mixtures, self.made)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fourier import GainMap, column_scale
+from ..fourier import GainMap, as_complex, column_scale
 from . import transforms
 
 # Elements of the matrices that are transformed at once.
@@ -71,7 +71,7 @@ def make_bank(
     rows, count = exact.shape[:2]
     # The transform's own scale would be another pass over all groups.
     scale = column_scale(columns, exact.device, exact.dtype) * math.sqrt(rows * columns)
-    half = torch.view_as_complex(exact.contiguous()) / scale
+    half = as_complex(exact) / scale
     groups = group_of_coefficients(gain_map, num_bands, count)
     kh, kw = kernel_size
     bank = exact.new_empty(num_bands, rows // kh, kh, kw, columns // kw, dtype=dtype)

@@ -116,10 +116,13 @@ def dynamic_conv2d(
     inputs = inputs._replace(x=x)
     gates, spectrum = inputs.gates, inputs.spectrum
     if x.numel() == 0:
-        # Nothing to convolve, but still a function of the input and the weight, as nn.Conv2d's output is.
+        # Nothing to convolve, but still a function of all parameters, as nn.Conv2d's output is: DDP waits for each.
         size = (max(side, 0) for side in geometry.output_size(x.shape[2], x.shape[3]))
-        nothing = x.sum() + spectrum.coefficients.sum().to(x.dtype) + (0 if bias is None else bias.sum().to(x.dtype))
-        return nothing + x.new_zeros(len(x), len(spectrum.coefficients) // geometry.kernel_size[0], *size)
+        out = x.new_zeros(len(x), len(spectrum.coefficients) // geometry.kernel_size[0], *size)
+        if out.numel():
+            raise ValueError(f"input of shape {list(x.shape)}: there is nothing to convolve but padding")
+        parts = (x, spectrum.coefficients, bias, *gates)
+        return out + sum(part.sum().to(x.dtype) for part in parts if part is not None)
     with without_autocast(x):
         if spectrum.bank is not None and spectrum.bank.dtype != x.dtype:
             spectrum = spectrum._replace(bank=None, bank_version=-1)

@@ -65,11 +65,15 @@ def convolve(x: Tensor, weight: Tensor, geometry: VolumeGeometry, by_patches: bo
 
 
 def convolve_nothing(inputs: Inputs, geometry: VolumeGeometry) -> Tensor:
-    """:func:`dynamic_conv3d` of an empty input: nothing, but still a function of the input and the weight."""
+    """:func:`dynamic_conv3d` of an empty input: nothing, but still a function of all parameters."""
     x, coefficients, (kd, kh, kw) = inputs.x, inputs.spectrum.coefficients, geometry.kernel_size
+    gates = inputs.gates
+    nothing = coefficients.sum() + gates.bands.sum()
+    if gates.local_input is not None and gates.local_weight is not None:
+        nothing = nothing + gates.local_input.sum() + gates.local_weight.sum()
     weight = x.new_zeros(len(coefficients) // kd, x.shape[1], kd, kh, kw)
     out = F.conv3d(F.pad(x, geometry.padding), weight, stride=geometry.stride, dilation=geometry.dilation)
-    return out + coefficients.sum().to(x.dtype)
+    return out + nothing.to(x.dtype)
 
 
 def dynamic_conv3d(inputs: Inputs, geometry: VolumeGeometry, by_patches: bool, for_onnx: bool) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fdconv_zoo import convert, convert_static_state_dict
 from fdconv_zoo.layers.dynamic import KWConv2d, Warehouse
@@ -27,6 +28,15 @@ def test_below_one_no_cell_is_two_layers(ratio):
     before = layers[0].cells.detach().clone()
     layers[1].reset_parameters()
     assert set((layers[0].cells != before).flatten(1).any(1).nonzero().flatten().tolist()) == owned[1]
+
+
+def test_an_average_of_the_buffers_leaves_the_columns():
+    model = convert(chain(), "kw")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    x = torch.randn(2, 20, 8, 8)
+    assert relative_error(average.eval()(x), model.eval()(x)) < 1e-5
 
 
 def test_cells_that_do_not_suffice_or_are_left_over_are_refused():

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...fourier import gather_gains, lines_to_rows
+from ...fourier import as_complex, gather_gains, lines_to_rows
 from ..types import Plan, Spectrum
 
 
@@ -70,7 +70,7 @@ class Transform:
             return self._unpack(gains, *self.factors)
         coefficients, gain_map = self.spectrum.coefficients, self.spectrum.gain_map
         half = gather_gains(complex_table(gains, math.sqrt(0.5)), gain_map, self.columns // 2 + 1)
-        half *= torch.view_as_complex(coefficients)
+        half *= as_complex(coefficients)
         return lines_to_rows(torch.fft.ifft(half, dim=1, norm="ortho"), self.columns)
 
     def _unpack(self, gains: Tensor, near: Tensor, far: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Transform:
         """
         rows, half_columns = len(self.spectrum.coefficients), self.columns // 2
         index, tiles = self.spectrum.gain_map
-        spectrum, places = torch.view_as_complex(self.spectrum.coefficients), index.flatten()
+        spectrum, places = as_complex(self.spectrum.coefficients), index.flatten()
         # Columns 0 and M are their own mirror images, and the mean with it is taken of them: they come at half size.
         table = complex_table(gains * 0.5, math.sqrt(2)).index_select(1, tiles.flatten()).view(-1, *tiles.shape)
         padded = table.new_empty(rows + 1, index.shape[1] * tiles.shape[1])
