@@ -6,6 +6,7 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, http
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -275,6 +276,14 @@ def filter_pretrained(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     classifier = {key: value for key, value in state_dict.items() if key.startswith(prefixes)}
     rest = {key: value for key, value in state_dict.items() if key not in classifier}
     return convert_static_state_dict(rest, model) | classifier
+
+
+def static_shapes(model: nn.Module) -> SimpleNamespace:
+    """What a filter of timm's asks a model for, its `state_dict()`, with the static weights' names and shapes too."""
+    state = model.state_dict()
+    for name, layer in named_dynamic_layers(model):
+        state[f"{name}.weight"] = torch.empty(layer.static_shape, device="meta")
+    return SimpleNamespace(state_dict=lambda: state)
 
 
 OFFICIAL_NAMES = {

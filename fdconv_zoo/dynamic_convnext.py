@@ -15,7 +15,7 @@ from timm.models.convnext import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .conversion import filter_pretrained
+from .conversion import filter_pretrained, static_shapes
 from .default_cfgs import converted_cfgs
 from .methods import METHODS
 
@@ -33,7 +33,7 @@ class KWConvNeXt(ConvertedModel, ConvNeXt):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Makes a static ConvNeXt's weights, timm's or the original ones, the dynamic one's."""
-    return filter_pretrained(static_filter_fn(state_dict, model), model)
+    return filter_pretrained(static_filter_fn(state_dict, static_shapes(model)), model)
 
 
 default_cfgs = generate_default_cfgs(converted_cfgs("convnext_tiny", "convnext_tiny_kw", default="fb_in1k"))

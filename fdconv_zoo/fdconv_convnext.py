@@ -15,7 +15,7 @@ from timm.models.convnext import checkpoint_filter_fn as static_filter_fn
 from torch import Tensor, nn
 
 from .build import ConvertedModel, build_fdconv
-from .conversion import filter_pretrained
+from .conversion import filter_pretrained, static_shapes
 from .default_cfgs import converted_cfgs
 from .layers import FDLinear
 from .methods import layer_options
@@ -34,7 +34,7 @@ class FDConvNeXt(ConvertedModel, ConvNeXt):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Moves a static ConvNeXt's weights, timm's or the original ones, into the Fourier domain."""
-    return filter_pretrained(static_filter_fn(state_dict, model), model)
+    return filter_pretrained(static_filter_fn(state_dict, static_shapes(model)), model)
 
 
 def _create_fdconv_convnext(variant: str, pretrained: bool = False, **kwargs: Any) -> FDConvNeXt:

@@ -6,13 +6,16 @@ Only safetensors come from the network, never a pickle.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from safetensors import safe_open
+from timm.models import PretrainedCfg, load_state_dict, resolve_pretrained_cfg
+from torch import Tensor
 
 from .download import WAYS_OUT, WEIGHTS_NAME, PretrainedError, Source, download_verified, redact
 from .integrity import check_safetensors
@@ -55,6 +58,8 @@ def resolve_pretrained(
     Returns:
         The overlay, with `file` set to the verified download if the source is the Hub. A local folder, a `file` and
         a `state_dict` stay as they are; the last two also win over the source of an `hf-hub:` or `local-dir:` name.
+        `num_classes` is that of the weights, unless the caller gave it: where timm takes weights to be of another
+        number of classes than the model, it leaves the classifier random without a word.
 
     Raises:
         PretrainedError: Nothing trustworthy could be had.
@@ -64,11 +69,13 @@ def resolve_pretrained(
     if cfg.source and (overlay.get("file") or overlay.get("state_dict")):
         overlay["source"] = None  # timm looks at an `hf-hub:` or `local-dir:` name's source first
         cfg = replace(cfg, source=None)
-    if cfg.source == "local-dir" or (cfg.source != "hf-hub" and cfg.state_dict):
+    if cfg.source == "local-dir":
         return overlay
+    if cfg.source != "hf-hub" and cfg.state_dict:
+        return _with_classes(overlay, cfg, _shapes(cfg.state_dict))
     if cfg.source != "hf-hub" and cfg.file:
         _check_local(Path(cfg.file))
-        return overlay
+        return _with_classes(overlay, cfg, _read_shapes(Path(cfg.file)))
     if not cfg.hf_hub_id:
         if cfg.url:
             raise PretrainedError(
@@ -84,7 +91,31 @@ def resolve_pretrained(
         )
     path = download_verified(find_source(cfg.hf_hub_id, file), cache_dir)
     _check_local(path)
-    return {**overlay, "file": str(path), "source": None}
+    return _with_classes({**overlay, "file": str(path), "source": None}, cfg, _read_shapes(path))
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a local file's weights, as timm reads them; none of one that can't be read, which timm tells itself."""
+    try:
+        if path.suffix != ".safetensors":
+            return _shapes(load_state_dict(str(path)))
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception:  # unpicklers raise anything
+        return {}
+
+
+def _with_classes(overlay: dict[str, Any], cfg: PretrainedCfg, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The overlay with the number of classes of weights of these shapes, where they tell it and nobody else did."""
+    names = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
+    counts = [shapes[key][0] for key in (f"{name}.weight" for name in names) if key in shapes]
+    if not counts or "num_classes" in overlay or cfg.label_offset:
+        return overlay
+    return {**overlay, "num_classes": counts[0]}
 
 
 def _check_local(path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -53,6 +54,24 @@ class TestSources:
         overlay = {"hf_hub_id": "me/mine"}
         model = timm.create_model("tiny_resnet", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
         assert value(model) == 0.02
+
+    @pytest.mark.parametrize("kind", ["safetensors", "pth", "state_dict", "repository"])
+    def test_classifier_of_other_classes_than_the_tag_comes_along(self, hub, tmp_path, kind):
+        state = {key: torch.full_like(value, 0.02) for key, value in tiny_resnet(num_classes=6).state_dict().items()}
+        save_file(state, tmp_path / "mine.safetensors")
+        torch.save({"state_dict": state}, tmp_path / "mine.pth")
+        hub.add("me/mine", {FILE: save(state)})
+        overlay = {
+            "state_dict": {"state_dict": state},
+            "repository": {"hf_hub_id": "me/mine"},
+        }.get(kind, {"file": str(tmp_path / f"mine.{kind}")})
+        build = partial(timm.create_model, "tiny_resnet", pretrained=True, cache_dir=tmp_path)
+        for model in (build(pretrained_cfg_overlay=overlay), build(pretrained_cfg_overlay=overlay, num_classes=6)):
+            assert value(model) == 0.02 and model.num_classes == 6
+        fresh = build(pretrained_cfg_overlay=overlay, num_classes=4)
+        assert fresh.num_classes == 4 and fresh.fc.weight.std() > 0
+        with pytest.raises(RuntimeError, match=r"fc\.weight"):  # as the caller says, so that it does not fit
+            build(pretrained_cfg_overlay={**overlay, "num_classes": 5}, num_classes=5)
 
     def test_commit_in_the_name_asks_nothing_of_the_network_twice(self, hub, tmp_path):
         commit = hub.add("me/mine", {FILE: weights(0.03)})

@@ -56,6 +56,15 @@ def test_own_weights_pass_through_and_half_converted_ones_are_completed():
     assert torch.equal(completed["mlp.0.fdw.spectrum"], own["mlp.0.fdw.spectrum"])
 
 
+def test_static_weights_set_a_trained_models_gates_to_one():
+    """Back to the start, for the next fold: modulation that training moved must not stay."""
+    source = net()
+    model = randomise(convert_to_fdconv(Net())).eval()
+    assert relative_error(model(images()), source(images())) > 0.01
+    model.load_state_dict(convert_static_state_dict(source.state_dict(), model))
+    assert relative_error(model(images()), source(images())) < 1e-5
+
+
 def test_nothing_but_the_new_keys_is_filled_in():
     state, model = net().state_dict(), convert_to_fdconv(Net())
     for key in ("fc.bias", "conv3.bias", "conv2.weight"):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,15 @@ def test_detector_checkpoint_computes_what_the_official_code_does(golden, offici
     assert (result - golden["output"]).abs().max() <= 1e-4 * golden["output"].abs().max()
 
 
-def test_classifier_checkpoint_keeps_its_head(official, tmp_path):
+def test_classifier_checkpoint_keeps_its_head(official, tmp_path, capsys):
     head = {"fc.weight": torch.ones(5, 64), "fc.bias": torch.ones(5)}
     torch.save({**official, **head}, tmp_path / "in.pth")
     arguments = [str(tmp_path / "in.pth"), "--model", "golden_net", "--num-classes", "5"]
     import_official.main([*arguments, "--output", str(tmp_path / "out.safetensors")])
     assert torch.equal(load_file(tmp_path / "out.safetensors")["fc.weight"], head["fc.weight"])
+    (told,) = re.findall(r"timm\.create_model\(.*?\)\)", capsys.readouterr().out, re.DOTALL)
+    model = eval(told, {"timm": timm})
+    assert torch.equal(model.fc.weight, head["fc.weight"]) and torch.equal(model.fc.bias, head["fc.bias"])
 
 
 def test_dry_run_writes_nothing(official, tmp_path, capsys):
