@@ -101,7 +101,7 @@ def download_verified(
         raise ValueError(f"attempts must be at least 1, got {attempts}")
     try:
         check_repo_path(source.file)
-        cached = _find_cached(source, cache_dir)
+        cached = find_cached(source, cache_dir)
     except ValueError as error:  # a name that can't be
         raise _failure(source, cache_dir, endpoint, 0, error) from None
     intact = None
@@ -143,7 +143,7 @@ def download_verified(
             time.sleep(wait)
 
 
-def _find_cached(source: Source, cache_dir: str | Path | None) -> list[Path]:
+def find_cached(source: Source, cache_dir: str | Path | None) -> list[Path]:
     """Copies of the file in the cache: at its commit, or where the digest tells, also on the main branch."""
     revisions = dict.fromkeys((source.commit, None) if source.sha256 else (source.commit,))
     found = [try_to_load_from_cache(source.repo, source.file, cache_dir, revision) for revision in revisions]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -13,8 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi
+from huggingface_hub.file_download import repo_folder_name
+from timm.models import get_pretrained_cfg
 
-from fdconv_zoo.default_cfgs import KINDS
+from fdconv_zoo.default_cfgs import zoo_tags
 from fdconv_zoo.download import PretrainedError, Source, download_verified, redact
 from fdconv_zoo.integrity import check_repo_path, file_digest
 from fdconv_zoo.pretrained import manifest
@@ -33,10 +35,6 @@ To carry a cache bundle over: tar cf bundle.tar bundle
 """
 
 
-# Longest first: odconv_1x is no odconv of a model called 1x.
-KIND = re.compile(rf"_({'|'.join(sorted(KINDS, key=len, reverse=True))})(?=[.*?\[]|$)")
-
-
 def select(patterns: Iterable[str], sources: Iterable[Source]) -> list[Source]:
     """The sources that the patterns name, and every file of a repository that is none of them.
 
@@ -50,9 +48,17 @@ def select(patterns: Iterable[str], sources: Iterable[Source]) -> list[Source]:
     """
     chosen: dict[tuple[str, str], Source] = {}
     for pattern in patterns:
-        static = KIND.sub("", pattern).removesuffix("_converted")
-        names = (static, f"*/{static}", f"*/{static}.*")
-        found = [source for source in sources if any(fnmatch.fnmatchcase(source.repo, name) for name in names)]
+        of_zoo = {
+            get_pretrained_cfg(tag).hf_hub_id
+            for tag in zoo_tags()
+            if fnmatch.fnmatchcase(tag, pattern) or fnmatch.fnmatchcase(tag.partition(".")[0], pattern)
+        }
+        static = (pattern, f"*/{pattern}", f"*/{pattern}.*")
+        found = [
+            source
+            for source in sources
+            if source.repo in of_zoo or any(fnmatch.fnmatchcase(source.repo, name) for name in static)
+        ]
         if not found and "/" in pattern and not set(pattern) & set("*?["):
             found = list_repo(pattern)
         if not found:
@@ -102,15 +108,15 @@ def copy_to_folder(source: Source, folder: Path) -> bool:
     Raises:
         PretrainedError: It could not be had.
     """
-    index = read_index(folder)
-    known = index.get((source.repo, source.file))
+    known = read_index(folder).get((source.repo, source.file))
     target = folder / source.repo / source.file
     same = known and (source.sha256 or known.sha256) == known.sha256 and source.commit in (None, known.commit)
     if same and target.exists() and file_digest(target) == known.sha256:
         return False
-    download = folder / ".download"
+    # Of this file alone: another process may be at another one.
+    download = folder / ".download" / f"{source.repo}--{source.file}".replace("/", "--")
     path = download_verified(source, download)
-    commit = path.parts[path.parts.index("snapshots") + 1]
+    commit = path.parts[-1 - len(PurePosixPath(source.file).parts)]  # .../snapshots/COMMIT/file
     entry = replace(
         source, commit=commit, size=path.stat().st_size, sha256=file_digest(path), checked="downloaded and verified"
     )
@@ -119,14 +125,34 @@ def copy_to_folder(source: Source, folder: Path) -> bool:
     shutil.copyfile(path, temporary)
     temporary.replace(target)
     shutil.rmtree(download)
-    write_index(folder, {**index, (source.repo, source.file): entry})
+    with contextlib.suppress(OSError):  # not empty
+        download.parent.rmdir()
+    write_index(folder, {**read_index(folder), (source.repo, source.file): entry})
     return True
 
 
-def copy_to_cache(source: Source, cache_dir: Path) -> bool:
-    """Put a verified file into a Hub cache; whether it was new there."""
-    before = set(cache_dir.glob("models--*/blobs/*"))
-    return download_verified(source, cache_dir).resolve() not in {path.resolve() for path in before}
+def copy_to_cache(source: Source, cache_dir: Path, revision_named: bool) -> bool:
+    """Put a verified file into a Hub cache.
+
+    Args:
+        source: The file, at its commit.
+        cache_dir: The cache.
+        revision_named: Whether that commit was asked for. Else it is what the cache has for the main branch, if it has
+            nothing yet: what is asked for without a commit is found offline by that alone.
+
+    Returns:
+        Whether it was new there.
+
+    Raises:
+        PretrainedError: It could not be had.
+    """
+    before = {path.resolve() for path in cache_dir.glob("models--*/blobs/*")}
+    path = download_verified(source, cache_dir)
+    main = cache_dir / repo_folder_name(repo_id=source.repo, repo_type="model") / "refs" / "main"
+    if source.commit and not revision_named and not main.exists():
+        main.parent.mkdir(parents=True, exist_ok=True)
+        main.write_text(source.commit, encoding="utf-8")
+    return path.resolve() not in before
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,13 +183,17 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:  # the Hub's own errors differ by its library's version
         parser.exit(2, f"{parser.prog}: {redact(str(error))}\n")
     failed = []
+    named = {name.partition("@")[0] for name in args.sources if "@" in name}
     for number, source in enumerate(chosen, 1):
         name = f"[{number}/{len(chosen)}] {source.repo}/{source.file}"
         if args.dry_run:
             print(f"{name}: {source.size or 'unknown'} bytes, sha256 {source.sha256 or 'from the Hub'}")
             continue
         try:
-            new = copy_to_folder(source, args.output) if args.output else copy_to_cache(source, args.cache_dir)
+            if args.output:
+                new = copy_to_folder(source, args.output)
+            else:
+                new = copy_to_cache(source, args.cache_dir, revision_named=source.repo in named)
             print(f"{name}: {'downloaded' if new else 'already there'}", flush=True)
         except PretrainedError as error:
             failed.append(name)

@@ -12,6 +12,7 @@ import timm
 import yaml
 from safetensors import safe_open
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.models import load_state_dict
 from torch import nn
 
@@ -99,7 +100,7 @@ def read_run(folder: Path, file: str | None) -> Release:
         recipe["start"] = start["name"]
     return replace(
         release,
-        data_config=resolve_data_config(options, model=release.model),
+        data_config=preprocessing(release.model, options.get("in_chans"), options),
         base_model=start.get("repo", release.base_model) if pretrained else None,
         license=release.license if pretrained else None,
         start=start["from"],
@@ -108,6 +109,21 @@ def read_run(folder: Path, file: str | None) -> Release:
         results=results,
         recipe=recipe,
     )
+
+
+def preprocessing(model: nn.Module, channels: int | None, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """timm's configuration of the data, as a run with these options feeds a model of so many channels.
+
+    Args:
+        model: Its `pretrained_cfg` says what nothing else does.
+        channels: Of its input, if not the usual ones.
+        options: Of scripts/train.py.
+    """
+    config = resolve_data_config(options, model=model)
+    channels = channels or config["input_size"][0]
+    # As timm's loader does where there are others.
+    mean, std = (adapt_to_chs(config[name], channels) for name in ("mean", "std"))
+    return {**config, "input_size": (channels, *config["input_size"][1:]), "mean": mean, "std": std}
 
 
 def read_start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def read_weights(path: Path, name: str, **model_args: Any) -> Release:
     return Release(
         model.eval(),
         name=cfg["architecture"],
-        data_config=resolve_data_config(model=model),
+        data_config=preprocessing(model, model_args.get("in_chans")),
         trained=True,
         base_model=cfg.get("hf_hub_id"),
         license=cfg.get("license"),

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import timm
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from safetensors import safe_open
 
 import fdconv_zoo  # noqa: F401  (registers the models)
-from fdconv_zoo.download import WEIGHTS_NAME, PretrainedError, Source, download_verified, redact
+from fdconv_zoo.download import WEIGHTS_NAME, PretrainedError, Source, download_verified, find_cached, redact
 from fdconv_zoo.integrity import check_safetensors, file_digest
 from fdconv_zoo.pretrained import find_source, manifest
 from hub.mirror import INDEX, list_repo, read_index
@@ -48,13 +48,13 @@ def compare(name: str, path: Path, sha256: str | None) -> Finding:
 
 
 def verify_cache(cache_dir: Path | None, sources: Iterable[Source]) -> list[Finding]:
-    """Every source that the Hub cache holds, against the manifest or else the digest it came with."""
+    """Each copy of a source that would be taken from the Hub cache, against the manifest or the digest it came with."""
     findings = []
     for source in sources:
-        found = try_to_load_from_cache(source.repo, source.file, cache_dir, source.commit)
-        if isinstance(found, str):
-            announced = Path(found).readlink().name if Path(found).is_symlink() else None
-            findings.append(compare(f"{source.repo}/{source.file}", Path(found), source.sha256 or announced))
+        copies = {path.resolve(): path for path in find_cached(source, cache_dir)}
+        for path in copies.values():
+            announced = path.readlink().name if path.is_symlink() else None
+            findings.append(compare(f"{source.repo}/{source.file}", path, source.sha256 or announced))
     return findings
 
 

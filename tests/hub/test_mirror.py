@@ -6,8 +6,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
 from fdconv_zoo.download import Source, download_verified
 from fdconv_zoo.integrity import check_repo_path
@@ -35,6 +37,8 @@ class TestSelect:
             ("resnet50.a1_in1k", {"timm/resnet50.a1_in1k"}),
             ("timm/resnet50.a1_in1k", {"timm/resnet50.a1_in1k"}),
             ("mobilenetv2_100_fdconv", {"timm/mobilenetv2_100.ra_in1k"}),
+            ("swin_tiny_fdconv.ms_in1k_converted", {"timm/swin_tiny_patch4_window7_224.ms_in1k"}),
+            ("resnet18_kw_4x.a1_in1k_converted", {"timm/resnet18.a1_in1k"}),
             ("*", {source.repo for source in manifest()}),
         ],
     )
@@ -45,6 +49,12 @@ class TestSelect:
         chosen = mirror.select(["resnet50_fdconv*"], manifest())
         assert all(source.repo.startswith("timm/resnet50.") for source in chosen)
         assert len(chosen) > 10
+
+    def test_model_without_a_tag_is_all_of_its_tags(self):
+        repos = {source.repo for source in mirror.select(["swin_base_384_fdconv"], manifest())}
+        assert repos == {
+            f"timm/swin_base_patch4_window12_384.{tag}" for tag in ("ms_in1k", "ms_in22k", "ms_in22k_ft_in1k")
+        }
 
     def test_repository_gives_weights_and_config_at_its_commit_but_no_pickle(self, hub):
         chosen = mirror.select(["org/tiny"], manifest())
@@ -78,6 +88,27 @@ class TestFolder:
         assert index["org/other", FILE].sha256 == sha256(weights(0.02))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mirror.json", "org"]
 
+    def test_folder_may_have_any_name(self, hub, tmp_path):
+        folder = tmp_path / "snapshots" / "mirror"
+        mirror.main(["--output", str(folder), "org/tiny"])
+        assert mirror.read_index(folder)["org/tiny", FILE].commit == hub.repos["org/tiny"].refs["main"]
+
+    def test_two_at_a_time_keep_what_the_other_wrote(self, hub, tmp_path, monkeypatch):
+        """The other one mirrors its file, from first to last, while this one's is on its way."""
+        first, other = (mirror.select([name], manifest())[-1] for name in ("org/tiny", "org/other"))
+        download = mirror.download_verified
+
+        def meanwhile(source, folder):
+            path = download(source, folder)
+            if source is first:
+                mirror.copy_to_folder(other, tmp_path)
+            return path
+
+        monkeypatch.setattr(mirror, "download_verified", meanwhile)
+        mirror.copy_to_folder(first, tmp_path)
+        assert set(mirror.read_index(tmp_path)) == {("org/tiny", FILE), ("org/other", FILE)}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["mirror.json", "org"]
+
     def test_dry_run_fetches_nothing(self, hub, tmp_path, capsys):
         mirror.main(["--output", str(tmp_path), "--dry-run", "org/tiny"])
         assert "org/tiny/model.safetensors" in capsys.readouterr().out
@@ -96,6 +127,14 @@ class TestFolder:
             mirror.main(["--output", str(tmp_path / "mirror"), "org/evil"])
         assert "leaves its folder" in capsys.readouterr().err
         assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_cache_bundle_of_a_repository_is_its_main_branch_offline(hub, tmp_path, named):
+    commit = hub.repos["org/tiny"].refs["main"]
+    mirror.main(["--cache-dir", str(tmp_path), f"org/tiny@{commit}" if named else "org/tiny"])
+    found = try_to_load_from_cache("org/tiny", FILE, tmp_path)
+    assert found is None if named else Path(found).read_bytes() == weights()
 
 
 def test_cache_bundle_works_without_a_network(hub, tmp_path):

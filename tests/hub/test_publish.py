@@ -68,6 +68,21 @@ class TestRun:
         assert result.returncode == 0, result.stderr
         assert "indices" in result.stdout
 
+    @pytest.mark.parametrize("size", [None, 24])
+    def test_model_of_one_channel(self, hub, run, size):
+        options = yaml.safe_load((run / "args.yaml").read_text())
+        (run / "args.yaml").write_text(yaml.safe_dump({**options, "in_chans": 1, "img_size": size}))
+        for path in run.glob("*.safetensors"):
+            state = load_file(path)
+            with safe_open(path, "pt") as file:
+                header = file.metadata()
+            save_file({**state, "conv1.weight": state["conv1.weight"].sum(1, keepdim=True)}, path, header)
+        publish.main([str(run), "--repo", "me/grey", "--license", "mit"])
+        model = timm.create_model("hf-hub:me/grey", pretrained=True, cache_dir=run / "cache")
+        config = timm.data.resolve_model_data_config(model)
+        assert config["input_size"] == (1, size or 32, size or 32) and len(config["mean"]) == 1
+        assert model.conv1.in_channels == 1
+
     def test_last_weights_have_the_last_results(self, run):
         release = publish.read_run(run, "last.safetensors")
         assert release.results == {"top1": 70.0, "top5": 99.5}

@@ -1,7 +1,9 @@
 import pytest
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from fdconv_zoo.download import Source, download_verified
+from fdconv_zoo.pretrained import manifest
 from hub import mirror, publish, verify
 from tests.fakehub import sha256
 from tests.tiny_model import weights
@@ -69,6 +71,15 @@ def test_cache(hub, tmp_path, capsys):
     path.write_bytes(weights(0.02))
     code, output = verdict(capsys, *arguments)
     assert code == 1 and "timm/resnet18.a1_in1k/model.safetensors: corrupt" in output
+
+
+def test_copy_of_the_main_branch_that_loading_takes(hub, tmp_path, capsys):
+    """Another commit than the manifest's, but its file: a pinned source is found there too."""
+    source = next(source for source in manifest() if source.repo == "timm/resnet50.a1_in1k" and source.pinned)
+    hub.add(source.repo, {source.file: b"not what is pinned"})
+    hf_hub_download(source.repo, source.file, cache_dir=tmp_path)
+    code, output = verdict(capsys, "--cache", "--cache-dir", str(tmp_path))
+    assert code == 1 and f"{source.repo}/{source.file}: corrupt" in output
 
 
 def test_mirror_folder(hub, tmp_path, capsys):
