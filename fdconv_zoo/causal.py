@@ -31,6 +31,8 @@ def _is_causal_mask(mask: Tensor) -> bool:
     That value forbids (-inf and the like), or what is on and below goes by the distance alone, be it one value.
     """
     length = mask.shape[-1] if mask.dim() > 1 else 0
+    if mask.layout != torch.strided or mask.is_complex() or mask.is_quantized:
+        return False
     if mask.is_meta or length < 4 or mask.shape[-2] != length or not mask.numel():
         return False
     squares = mask.detach().reshape(-1, length, length)

@@ -134,8 +134,16 @@ def _refuse_untied(replaced: Mapping[nn.Module, nn.Module]) -> None:
                 seen.add(id(parameter))
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """What plain containers and optimisers hold, at any depth; anything else as it is."""
+def _parts(value: Any, within: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """What plain containers and optimisers hold, at any depth; anything else as it is.
+
+    Args:
+        value: The container, or what is none.
+        within: Identities of containers that this one is in: a tree may know its root.
+    """
+    if id(value) in within:
+        return
+    within |= {id(value)}
     if isinstance(value, dict):
         value = [*value, *value.values()]
     elif isinstance(value, partial):
@@ -148,32 +156,39 @@ def _parts(value: Any) -> Iterator[Any]:
         value = [*vars(value).values()]
     if isinstance(value, list | deque | tuple | set | frozenset):
         for item in value:
-            yield from _parts(item)
+            yield from _parts(item, within)
     else:
         yield value
 
 
-def _swap(value: Any, replaced: Mapping[nn.Module, nn.Module]) -> Any:
-    """A value with layers replaced, also in containers, which are changed in place where they can be."""
-    if not any(isinstance(part, nn.Module) and part in replaced for part in _parts(value)):
+def _swap(value: Any, replaced: Mapping[nn.Module, nn.Module], within: frozenset[int] = frozenset()) -> Any:
+    """A value with layers replaced, also in containers, which are changed in place where they can be.
+
+    Args:
+        value: The container, or what is none.
+        replaced: Replacement of each layer.
+        within: Identities of containers that this one is in, and that are being changed.
+    """
+    if id(value) in within or not any(isinstance(part, nn.Module) and part in replaced for part in _parts(value)):
         return value
+    swap = partial(_swap, replaced=replaced, within=within | {id(value)})
     if isinstance(value, nn.Module):
         return replaced[value]
     if isinstance(value, MethodType):
         return getattr(replaced[value.__self__], value.__name__)
     if isinstance(value, partial):
-        swapped = {key: _swap(item, replaced) for key, item in value.keywords.items()}
-        return partial(_swap(value.func, replaced), *(_swap(item, replaced) for item in value.args), **swapped)
+        swapped = {key: swap(item) for key, item in value.keywords.items()}
+        return partial(swap(value.func), *map(swap, value.args), **swapped)
     if isinstance(value, dict):
-        items = [(_swap(key, replaced), _swap(item, replaced)) for key, item in value.items()]
+        items = [(swap(key), swap(item)) for key, item in value.items()]
         value.clear()
         value.update(items)
         return value
     if _is_record(value):
         for key, item in vars(value).items():
-            object.__setattr__(value, key, _swap(item, replaced))  # it may be frozen
+            object.__setattr__(value, key, swap(item))  # it may be frozen
         return value
-    items = [_swap(item, replaced) for item in value]
+    items = [swap(item) for item in value]
     if isinstance(value, list | deque | set):
         value.clear()
         (value.update if isinstance(value, set) else value.extend)(items)

@@ -12,7 +12,8 @@ __all__ = ["freeze_static", "modulation_parameters"]
 def modulation_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters of KSM and FBM in all FDConv layers, and of the attention in other dynamic ones.
 
-    The spectra, and the kernels in their place, are not among them.
+    Each comes once, as of `named_parameters`, however many names it has. The spectra, and the kernels in their place,
+    are not among them.
 
     A converted model starts with them at no effect, and with everything else trained. A rate of their own::
 
@@ -29,8 +30,12 @@ def modulation_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
         TypeError: It is no module.
     """
     check_module(model)
+    seen: set[nn.Parameter] = set()
     for name, layer in named_dynamic_layers(model):
-        yield from ((f"{name}.{key}" if name else key, parameter) for key, parameter in layer.modulation())
+        for key, parameter in layer.modulation():
+            if parameter not in seen:
+                seen.add(parameter)
+                yield f"{name}.{key}" if name else key, parameter
 
 
 def freeze_static(module: nn.Module) -> None:

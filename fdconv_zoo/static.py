@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from .build import ConvertedModel
@@ -94,7 +95,8 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
     the weight at gates of one. Fine-tuning goes on from there as for any static model.
 
     Args:
-        model: A model with FDConv layers, or a lone layer. A registered model becomes one of timm's class.
+        model: A model with FDConv layers, or a lone layer. A registered model becomes one of timm's class; a class of
+            one's own, derived from the zoo's, stays.
         batches: Inputs of the model, or tuples and lists that begin with one, such as a DataLoader's of images and
             targets; a few hundred images are enough. The model runs in eval mode.
 
@@ -145,9 +147,14 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def _become_timms(model: ConvertedModel) -> None:
-    """Gives a registered model the class and the name of the static one that it is now."""
+    """Gives a model of the zoo the class, and one with its cfg the name, of the static one that it is now."""
     order = type(model).__mro__
-    model.__class__ = order[order.index(ConvertedModel) + 1]
-    cfg = model.pretrained_cfg
+    if order[1] is not ConvertedModel:
+        return  # a class of one's own, whose methods stay
+    model.__class__ = order[2]
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    registered = get_pretrained_cfg(cfg.get("architecture") or "")
+    if registered is None or not (registered.hf_hub_id or "").startswith("timm/"):
+        return
     name, tag = static_name(cfg["architecture"]), (cfg.get("tag") or "").removesuffix(SUFFIX)
     model.pretrained_cfg = model.default_cfg = {**cfg, "architecture": name, "tag": tag}

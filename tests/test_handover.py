@@ -52,6 +52,24 @@ def test_a_computed_weight_stays_static_and_normalised(wrap):
     assert relative_error(model(x), expected) < 1e-5
 
 
+@dataclass
+class Node:
+    parent: object
+    children: list
+    layer: nn.Module | None = None
+
+
+def test_a_tree_whose_branches_know_their_root():
+    model = nn.Sequential(conv(), nn.ReLU())
+    root = Node(None, [], model[0])
+    root.children += [Node(root, []), Node(root, [], model[0])]
+    model.tree, model.others = root, {"all": [root, model[0]]}
+    convert_to_fdconv(model, num_bands=8)
+    assert type(model[0]) is FDConv2d
+    assert root.layer is model[0] and root.children[1].layer is model[0] and root.children[1].parent is root
+    assert model.others["all"][0] is root and model.others["all"][1] is model[0]
+
+
 def test_hooks_go_over_with_their_handles():
     model = nn.Sequential(conv(), conv())
     calls = []

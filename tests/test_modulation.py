@@ -26,6 +26,13 @@ def test_layers_without_a_part():
     assert list(modulation_parameters(torch.nn.Conv2d(3, 3, 3))) == []
 
 
+def test_a_layer_of_two_names_gives_its_parameters_once():
+    layer = FDConv2d(18, 18, 3)
+    model = torch.nn.ModuleDict({"one": layer, "other": layer})
+    names = [name for name, _ in modulation_parameters(model)]
+    assert names == [f"one.{name}" for name, _ in modulation_parameters(layer)]
+
+
 def test_a_frozen_stage_moves_its_modulation_alone():
     model = timm.create_model("resnet18_fdconv", zero_init_last=False, **SMALL)
     for stage in (model.conv1, model.bn1, model.layer1):

@@ -16,6 +16,7 @@ from fdconv_zoo import (
     to_static,
 )
 from fdconv_zoo.conversion import named_fd_layers
+from fdconv_zoo.fdconv_resnet import FDConvResNet
 from tests.compare import randomise, randomise_norms, relative_error
 from tests.models.stirring import stir
 
@@ -126,6 +127,24 @@ def test_a_registered_model_becomes_timms(tmp_path):
     twin.load_state_dict(static.state_dict())
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(twin(x), static(x))
+
+
+class Doubled(FDConvResNet):
+    """A user's own class, with a method of its own."""
+
+    def forward_head(self, x, pre_logits=False):
+        return 2 * super().forward_head(x, pre_logits)
+
+
+@pytest.mark.parametrize("cls", [FDConvResNet, Doubled])
+def test_a_model_that_timm_did_not_make(cls):
+    model = stir(cls(timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(20, 24, 32, 40), num_classes=7)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    static = to_static(model, [x])
+    assert type(static) is (timm.models.resnet.ResNet if cls is FDConvResNet else Doubled)
+    assert not any(named_fd_layers(static))
+    assert 0.5 < (static(x) / expected).median() < 1.5
 
 
 def test_blocks_may_be_fused_again():

@@ -357,6 +357,18 @@ def test_encoders_are_not(make):
     assert [name for name, _ in named_fd_layers(convert_to_fdconv(make(), num_bands=8))] == ["mlp.0", "mlp.2"]
 
 
+@pytest.mark.parametrize(
+    "matrix",
+    [torch.eye(8).to_sparse(), torch.eye(8).to_sparse_csr(), torch.eye(8, dtype=torch.complex64)],
+    ids=["sparse", "csr", "complex"],
+)
+def test_matrices_that_are_no_masks_are_no_hindrance(matrix):
+    model = nn.Sequential(nn.Linear(20, 40), nn.GELU(), nn.Linear(40, 20))
+    model.register_buffer("adjacency", matrix)
+    convert_to_fdconv(model, num_bands=8)
+    assert type(model[0]) is FDLinear
+
+
 def test_sequence_first_blocks_are_refused():
     model = nn.Sequential(Block(), Block())
     with pytest.raises(ValueError, match=rf"4 layers .*{REFUSED['sequence_first']}.*allow=\('sequence_first',\)"):
