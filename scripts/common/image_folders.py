@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
@@ -75,6 +75,11 @@ def describe_named(split: str, dataset: Dataset, labels: Mapping[str, int]) -> s
     return f"{split}: {images}" + (f", {len(labels)} classes" if labels else "")
 
 
+def _order(name: str) -> tuple[Any, str]:
+    """timm's order of names, and one of those that are alike to it: a and A, 1 and 01. Sets have another every time."""
+    return natural_key(name), name
+
+
 class FolderReader(Reader):
     """Images of a folder with labels, for timm's data sets: timm's folder reader, which leaves nothing out in silence.
 
@@ -126,14 +131,14 @@ class FolderReader(Reader):
             )
         classes = {label for _, label in found}
         if class_to_idx is None:
-            class_to_idx = {label: index for index, label in enumerate(sorted(classes, key=natural_key))}
-        if unknown := sorted(classes - class_to_idx.keys(), key=natural_key):
+            class_to_idx = {label: index for index, label in enumerate(sorted(classes, key=_order))}
+        if unknown := sorted(classes - class_to_idx.keys(), key=_order):
             shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
             raise ValueError(f"{root} has {len(unknown)} unknown classes: {shown}")
         self.class_to_idx = dict(class_to_idx)
-        self.missing = sorted(self.class_to_idx.keys() - classes, key=natural_key)
+        self.missing = sorted(self.class_to_idx.keys() - classes, key=_order)
         self.samples = [(path, self.class_to_idx[label]) for path, label in found]
-        self.samples.sort(key=lambda sample: natural_key(sample[0]))
+        self.samples.sort(key=lambda sample: _order(sample[0]))
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]

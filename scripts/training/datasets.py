@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.data
-from timm.data import ImageDataset
+from timm.data import ImageDataset, ImageNetInfo
 from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData, ImageFolder
@@ -70,6 +70,10 @@ def _open_folders(args: argparse.Namespace, mode: str) -> list[Dataset]:
         except (AssertionError, OSError) as error:
             raise ValueError(f"can't read --class-map {args.class_map}: {error}") from error
     train = FolderReader(train_root, class_map)
+    synsets = ImageNetInfo().label_names()
+    if class_map is None and args.num_classes == len(synsets) and train.class_to_idx.keys() <= set(synsets):
+        # Some of ImageNet's classes for a classifier of all: its outputs keep their meaning, as validate.py takes them.
+        train = FolderReader(train_root, {synset: index for index, synset in enumerate(synsets)})
     try:
         val = FolderReader(val_root, train.class_to_idx)
     except ValueError as error:
@@ -149,9 +153,10 @@ def class_numbers(dataset: Dataset) -> Mapping[str, int]:
 
 
 def class_names(dataset: Dataset, num_classes: int) -> list[str]:
-    """Names of the model's outputs, by their numbers; empty where the data set does not tell all of them."""
+    """Names of the model's outputs, or of the first ones, by their numbers; empty where the data set tells others."""
     names = {index: str(name) for name, index in class_numbers(dataset).items()}
-    return [names[index] for index in range(num_classes)] if names.keys() == set(range(num_classes)) else []
+    told = range(min(len(names), num_classes))
+    return [names[index] for index in told] if names.keys() == set(told) else []
 
 
 def check_classes(dataset: Dataset, num_classes: int, chosen: bool) -> None:

@@ -1,11 +1,13 @@
 """What a run tells: lines on the console, ``summary.csv``, TensorBoard, and the list of corrupt images."""
 
+import csv
 import logging
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from timm.utils.summary import trim_summary, update_summary
+from timm.utils.summary import trim_summary
 
 from fdconv_zoo.run_files import SUMMARY_FILE
 
@@ -75,7 +77,9 @@ class RunLog:
         """Report an epoch: a line, a row of ``summary.csv`` and TensorBoard scalars, from metric names to values."""
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in val.items())
         _logger.info(f"epoch {epoch} validated  {metrics}  train loss {train['loss']:.4f}")
-        update_summary(epoch, train, val, self.summary, lr=lr)
+        measured = {f"train_{name}": value for name, value in train.items()}
+        measured |= {f"eval_{name}": value for name, value in val.items()}
+        append_row(self.summary, {"epoch": epoch, **measured, "lr": lr})
         if self.writer is not None:
             for name, value in val.items():
                 self.writer.add_scalar(f"eval/{name}", value, update)
@@ -101,3 +105,20 @@ class RunLog:
         _logger.warning(
             f"left {len(names)} corrupt image{'s' if len(names) > 1 else ''} out of validation, listed in {listed}"
         )
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file by its columns; new ones are added, as of a run that is resumed with an average."""
+    rows: list[dict[str, Any]] = []
+    columns = list(row)
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows, before = list(reader), list(reader.fieldnames or [])
+        columns = before if set(row) <= set(before) else [*row, *(name for name in before if name not in row)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    temporary.replace(path)

@@ -28,6 +28,8 @@ from training.log import RunLog
 from training.validate import evaluate
 
 _logger = logging.getLogger("train")
+# What optimisers count in their groups, beside what options set there.
+COUNTERS = ("lookahead_step", "step")
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Run(Trainer):
             self._validate()
             if self.next_epoch():
                 self._loss_sum.zero_()
-                self._save()
+            self._save()
             self._leave_if_asked()
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -252,11 +254,15 @@ class Run(Trainer):
             self.task.load_checkpoint_state(state["weights"].get("last_ema", state["weights"]["last"]), ema=True)
         # The options of now hold, such as a lower rate; what an optimiser counts in its groups goes on.
         groups = zip(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
-        groups = [{**saved, **current} for saved, current in groups]
+        groups = [
+            {**saved, **current, **{key: saved[key] for key in COUNTERS if key in saved}} for saved, current in groups
+        ]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.progress = RunProgress(**state["progress"])
-        if not (self.args.output / BEST_FILE).exists():  # resumed into another directory: the next best counts
+        other_metric = state["args"].get("eval_metric", self.args.eval_metric) != self.args.eval_metric
+        # Where it is of another metric, or the run goes on in another directory, the next best counts.
+        if other_metric or not (self.args.output / BEST_FILE).exists():
             self.progress.best_metric = self.progress.best_epoch = None
         self._loss_sum.fill_(self.progress.loss_sum)
         self.follow_schedule()  # functions of the number of updates, without state

@@ -1,5 +1,6 @@
 """Runs of train.py that are killed, stopped, resumed, fed with bad data and out of disk."""
 
+import csv
 import re
 import resource
 import signal
@@ -187,6 +188,28 @@ def test_resume_takes_the_rate_of_now(photos, tmp_path):
     small_run(photos, tmp_path, *options, "--steps", 2, "--lr", 0.01, "--resume")
     groups = load_state(tmp_path / "last.state.pt")["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [0.01, 0.01]
+
+
+def test_lookahead_goes_on_counting(photos, tmp_path):
+    options = ["--opt", "lookahead_momentum", "--lr", 0.05, "--epochs", 2]
+    small_run(photos, tmp_path / "whole", *options)
+    small_run(photos, tmp_path / "stopped", *options, "--steps", 4)
+    small_run(photos, tmp_path / "stopped", *options, "--resume")
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped", names=["last"])
+
+
+def test_the_best_is_of_the_metric_of_now_and_columns_are_kept(photos, tmp_path):
+    small_run(photos, tmp_path, "--epochs", 3, "--steps", 7, "--eval-metric", "top5", "--lr", 0.1)
+    state = load_state(tmp_path / "last.state.pt")
+    assert (state["progress"]["best_metric"], state["progress"]["updates"]) == (100, 7)  # of an epoch's middle too
+    small_run(photos, tmp_path, "--epochs", 3, "--eval-metric", "top1", "--lr", 0.1, "--model-ema", "--resume")
+    with (tmp_path / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and all(None not in row for row in rows)
+    assert [bool(row["eval_ema_loss"]) for row in rows] == [False, True, True]
+    assert all(float(row["lr"]) <= 0.1 for row in rows)
+    best = load_state(tmp_path / "last.state.pt")["progress"]["best_metric"]
+    assert best == max(float(row["eval_ema_top1"]) for row in rows[1:])
 
 
 def test_options_for_speed_leave_plain_checkpoints_and_resume(photos, tmp_path, caplog):

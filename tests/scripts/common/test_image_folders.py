@@ -1,8 +1,13 @@
 """Folders of images: which one is a split, what its classes are numbered, what is refused."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from image_files import write_images
 from timm.data import create_dataset
+from train_runs import SCRIPTS
 
 from common.image_folders import FolderReader, find_split, find_split_or_root
 
@@ -53,6 +58,21 @@ def test_order_and_numbers_are_timms(tmp_path):
     assert ours.class_to_idx == theirs.class_to_idx
     assert ours.samples == theirs.samples
     assert ours.filename(3) == theirs.filename(3)
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3", "4"])
+def test_names_that_are_alike_to_timm_have_one_order(tmp_path, seed):
+    """In each process: sets of strings have another order in each."""
+    write_images(tmp_path, "A", "a", "01", "1", "b", "B")
+    script = f"""
+from pathlib import Path
+from common.image_folders import FolderReader
+reader = FolderReader(Path({str(tmp_path)!r}))
+print(*reader.class_to_idx, *(label for _, label in reader.samples))
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(SCRIPTS)}
+    out = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout == "01 1 A a B b 0 1 0 1 2 3 2 3 4 5 4 5\n"
 
 
 def test_classes_keep_the_numbers_they_are_given(tmp_path):

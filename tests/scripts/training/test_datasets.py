@@ -4,6 +4,7 @@ import tarfile
 
 import pytest
 from image_files import write_images
+from timm.data import ImageNetInfo
 from torchvision.datasets import FakeData
 
 from training.args import parse_args
@@ -59,6 +60,17 @@ def test_a_class_map_numbers_both_and_must_have_all(tmp_path):
         open_sets(tmp_path, "--class-map", "nowhere.txt")
 
 
+def test_some_of_imagenets_classes_keep_their_outputs(tmp_path):
+    """As validate.py takes them, where all outputs are kept."""
+    synsets = ImageNetInfo().label_names()
+    write_images(tmp_path, *(f"{split}/{synsets[number]}" for split in ("train", "val") for number in (7, 99)))
+    for count, numbers in ((1000, [7, 99]), (2, [0, 1])):
+        train, val = create_datasets(parse_args(["--data-dir", str(tmp_path), "--num-classes", str(count)]))
+        assert [sorted({label for _, label in each.reader.samples}) for each in (train, val)] == [numbers] * 2
+        assert class_names(train, count)[numbers[1]] == synsets[99]
+    assert class_names(train, 5) == [synsets[7], synsets[99]]  # of the first outputs
+
+
 def test_each_split_is_told_in_a_line(tmp_path, caplog):
     caplog.set_level("INFO", "train")
     write_images(tmp_path, *SPLITS, "val/b")
@@ -79,7 +91,7 @@ def test_one_class_or_too_many_outputs_are_refused(tmp_path, caplog):
     check_classes(FakeData(4, (3, 8, 8), 10), 1000, chosen=False)
     check_classes(train, 5, chosen=True)
     assert "3 classes, the model 5 outputs" in caplog.text
-    assert class_names(train, 5) == []
+    assert class_names(train, 5) == ["a", "b", "c"]  # of the first outputs: validate.py goes by them
 
 
 def test_a_resumed_run_has_the_classes_it_had(tmp_path):
