@@ -14,7 +14,7 @@ from dense.args import DETECTION_HEADS, MASK_HEADS, parse_args
 try:
     import lightning as L
     import torch
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from timm.layers import freeze_batch_norm_2d
@@ -31,6 +31,7 @@ try:
     from dense.resume import (
         STOPS,
         CheckpointFiles,
+        Checkpoints,
         EndOfRun,
         EpochSampler,
         StopAfterBatch,
@@ -170,9 +171,9 @@ def create_module(args: argparse.Namespace, train_set: Dataset, resumed: bool) -
 def create_trainer(args: argparse.Namespace) -> L.Trainer:
     """Return Lightning's trainer: checkpoints and logs in `--output`, the processes that torchrun has started."""
     monitor = "val/box_mAP" if args.head in DETECTION_HEADS else "val/mIoU"
-    best = ModelCheckpoint(args.output, "best", monitor=monitor, mode="max", enable_version_counter=False)
+    best = Checkpoints(args.output, "best", monitor=monitor, mode="max", enable_version_counter=False)
     # save_last of the one above would leave out epochs that are not the best so far
-    last = ModelCheckpoint(args.output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    last = Checkpoints(args.output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     world = int(os.environ.get("WORLD_SIZE", 1))
     terminal = sys.stderr.isatty()

@@ -1,6 +1,7 @@
 """Images with a class for each pixel, from a folder of images and one of PNG masks."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,13 @@ def pair_files(
     for path in sorted(found):
         name = path.name.removesuffix(image_suffix or path.suffix) + mask_suffix
         pairs.append((path, (masks / path.relative_to(images)).with_name(name)))
+    # Masks may lie beside the images.
+    masks_found = {os.path.abspath(mask) for _, mask in pairs}
+    pairs = [pair for pair in pairs if os.path.abspath(pair[0]) not in masks_found]
+    if not pairs:
+        raise ValueError(
+            f"each image in {images} would be its own mask: --image-suffix and --mask-suffix tell them apart"
+        )
     alone = [pair for pair in pairs if not pair[1].is_file()]
     if alone:
         image, mask = alone[0]

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -9,11 +10,14 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from common.weights import fit_checkpoint, read_checkpoint
 from dense.backbones import LEVELS, create_backbone, swin_options
 from dense.deeplab import UndilatedDeepLabV3Plus
+from fdconv_zoo.checkpoint import strip_prefixes
 from fdconv_zoo.dense import FeaturePyramid
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
@@ -26,11 +30,34 @@ def backbone_options(args: argparse.Namespace, resumed: bool) -> dict[str, Any]:
     Args:
         args: Arguments of train_dense.py.
         resumed: A checkpoint brings the weights, so that none are downloaded or read.
+
+    Raises:
+        ValueError: The file of initial weights can't be read, or is no backbone's like this one.
     """
     options = {**swin_options(args.backbone), **args.backbone_kwargs}
     if args.initial_checkpoint and not resumed:
-        return {**options, "pretrained": True, "pretrained_cfg_overlay": {"file": str(args.initial_checkpoint)}}
+        state = read_backbone(args.initial_checkpoint, args.backbone, args.backbone_kwargs)
+        return {**options, "pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
     return {**options, "pretrained": args.pretrained and not resumed}
+
+
+def read_backbone(path: Path, name: str, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of a whole backbone; timm would take a file that fits in part, or not at all, and leave the rest random.
+
+    Args:
+        path: As :func:`~common.weights.read_checkpoint` takes it; a classifier in it is left out.
+        name: Of the model.
+        kwargs: Keyword arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: The file can't be read or does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(name, num_classes=0, **kwargs)
+    state = strip_prefixes(read_checkpoint(path), model)
+    names = model.pretrained_cfg.get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return fit_checkpoint(model, {key: value for key, value in state.items() if not key.startswith(classifier)})
 
 
 def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -65,6 +92,10 @@ def create_detector(args: argparse.Namespace, num_classes: int, resumed: bool) -
         image_std=list(std),
         **args.head_kwargs,
     )
+    # Boxes take the dtype of the maps and of what the heads say: in bfloat16 they would be whole 4 pixels above 512.
+    heads = [model.head] if retina else [model.rpn.head, model.roi_heads.box_predictor]
+    for part in (pyramid, *heads):
+        part.register_forward_hook(lambda module, inputs, output: tree_map_only(Tensor, Tensor.float, output))
     return model, backbone
 
 

@@ -1,6 +1,7 @@
 """Lightning modules: what a training and a validation step are for detection and for semantic segmentation."""
 
 import argparse
+import math
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -57,9 +58,30 @@ class DenseModule(L.LightningModule):
         images = self.args.batch_size * self.args.grad_accum_steps * self.trainer.world_size
         optimizer = create_optimizer(self.model, self.backbone_parts[0], self.args, images)
         total = self.args.steps or int(self.trainer.estimated_stepping_batches)
-        per_epoch = self.trainer.num_training_batches / self.args.grad_accum_steps
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.args.grad_accum_steps)
         schedule = LambdaLR(optimizer, rate_factor(self.args, total, per_epoch))
+        self.options = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """The options of now hold, such as another rate: a resumed run has those of its checkpoint until here."""
+        schedule = self.lr_schedulers()
+        groups = schedule.optimizer.param_groups
+        schedule.base_lrs = [options["initial_lr"] for options in self.options]
+        for group, options, factor in zip(groups, self.options, schedule.lr_lambdas, strict=True):
+            group.update(options, lr=options["initial_lr"] * factor(schedule.last_epoch))
+
+    def share_of_update(self, batch_index: int) -> float:
+        """What a batch's loss counts beside others of its update, which Lightning divides by the full number of them.
+
+        An epoch's last update may have fewer.
+        """
+        wanted, batches = self.args.grad_accum_steps, self.trainer.num_training_batches
+        rest = batches % wanted
+        return wanted / rest if rest and batch_index >= batches - rest else 1.0
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # a resumed run draws what the uninterrupted one did
@@ -89,14 +111,20 @@ class DetectionModule(DenseModule):
     def __init__(self, model: nn.Module, backbone: nn.Module, args: argparse.Namespace) -> None:
         super().__init__(model, backbone, args)
         self.kinds = ("bbox", "segm") if args.head in MASK_HEADS else ("bbox",)
-        self.average_precision = MeanAveragePrecision(iou_type=self.kinds, sync_on_compute=False)
+        # COCO's in double precision: torchmetrics' own float32 ones fall beside some recalls.
+        self.average_precision = MeanAveragePrecision(
+            iou_type=self.kinds,
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            sync_on_compute=False,
+        )
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> Tensor:
         losses = self.model(*batch)
         total = sum(losses.values())
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(batch[0]))
         self.log("train/loss", total, prog_bar=True, batch_size=len(batch[0]))
-        return total
+        return total * self.share_of_update(batch_index)
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> None:
         images, targets = batch
@@ -140,7 +168,7 @@ class SegmentationModule(DenseModule):
         else:
             loss = F.cross_entropy(self.model(images), masks, ignore_index=self.args.ignore_index)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return loss * self.share_of_update(batch_index)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         image, mask = batch

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data.distributed import DistributedSampler
@@ -32,6 +33,18 @@ class EpochSampler(DistributedSampler):
         epoch = self.epoch
         for i, index in enumerate(super().__iter__()):
             yield SampleKey(index, epoch, i * self.num_replicas + self.rank)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Knows its best score also in a folder that was moved: the next epoch would take the place of a better one."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        moved = {key: here(value) for key, value in state_dict.items() if key.endswith("_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -188,3 +188,25 @@ def test_fewer_images_for_validation_than_processes_are_refused(data, monkeypatc
     args = parse_args([*options("unet", data, "unused"), "--batch-size", "1"])
     with pytest.raises(ValueError, match="5 images for validation are fewer than 6 processes"):
         train_dense.create_loaders(args, *train_dense.create_datasets(args), epoch=0)
+
+
+def test_a_resumed_run_takes_the_options_of_now_and_keeps_its_best_where_it_was_moved(data, tmp_path):
+    """Three batches an epoch in updates of two: the last one's loss counts in full, and an epoch has two updates."""
+    common = ["--sched", "multistep", "--decay-milestones", "9", "--grad-accum-steps", "2", "--warmup-steps", "0"]
+    first = options("unet", data, tmp_path / "run")
+    train_dense.main([*first, *common])
+    before = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert before["global_step"] == 2
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = options("unet", data, tmp_path / "moved")
+    train_dense.main([*again, *common, "--epochs", "2", "--lr", "0.0", "--weight-decay", "0.3", "--resume"])
+    after = torch.load(tmp_path / "moved" / "last.ckpt", weights_only=True)
+    groups = after["optimizer_states"][0]["param_groups"]
+    assert {group["lr"] for group in groups} == {0.0} and 0.3 in {group["weight_decay"] for group in groups}
+    name = "model.segmentation_head.0.weight"
+    assert torch.equal(before["state_dict"][name], after["state_dict"][name])
+    scores = [
+        max(state["best_model_score"] for key, state in saved["callbacks"].items() if "'val/mIoU'" in key)
+        for saved in (before, after)
+    ]
+    assert scores[1] >= scores[0]

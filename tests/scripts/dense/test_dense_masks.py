@@ -30,6 +30,17 @@ def open_folders(images, masks, **options):
     return MaskFolders(images, masks, **{**defaults, **options})
 
 
+def test_masks_beside_the_images_are_no_images(data, tmp_path):
+    both = tmp_path / "both"
+    both.mkdir()
+    for path in (data / "train").iterdir():
+        Image.open(path).save(both / f"{path.stem}.jpg")
+        shutil.copy(data / "train_masks" / path.name, both / f"{path.stem}.png")
+    assert [(image.suffix, mask.suffix) for image, mask in open_folders(both, both).pairs] == [(".jpg", ".png")] * 4
+    with pytest.raises(ValueError, match="would be its own mask: --image-suffix and --mask-suffix"):
+        open_folders(data / "train", data / "train")
+
+
 def test_masks_without_a_class_are_told(data, tmp_path, capsys):
     """Masks of 0 and 255, as painting tools write them: 255 is no class, and nothing would be learnt."""
     for split in ("train", "val"):
