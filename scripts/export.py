@@ -18,7 +18,7 @@ from common.command_line import fail
 from common.images import channels_mode
 from common.models import build_model, check_image_size, check_pretrained_classes, expand_names, takes_other_sizes
 from common.onnx_file import free_dimensions, open_onnxruntime, open_openvino, write_onnx
-from common.preprocessing import resolve_preprocessing
+from common.run_options import adopt_model_options, resolve_preprocessing
 from common.weights import read_checkpoint
 from exporting.args import FORMATS, check_args, parse_args
 from exporting.calibration import calibrate
@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         check_args(args)
+        adopt_model_options(args)
         model = create_model(args)
         config = prepare_input(model, args)
         shape = config["input_size"]

@@ -29,15 +29,19 @@ from common.models import (
     check_pretrained_classes,
     expand_names,
 )
-from common.preprocessing import resolve_preprocessing
 from common.record import write_json
+from common.run_options import adopt_model_options, resolve_preprocessing
 from common.weights import read_checkpoint
+from fdconv_zoo import FDConv2d
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.cost import count_macs, count_parameters
+from fdconv_zoo.methods import layer_options
 from validation.args import check_args, parse_args
 from validation.datasets import open_dataset
 from validation.demo import report_photos
 
+# Those of the layers that timm's models have none of by these names.
+LAYER_OPTIONS = {*layer_options(FDConv2d), "ksm_norm_layer", "ksm_act_layer"} - {"norm_layer", "act_layer"}
 PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
@@ -101,6 +105,9 @@ def prepare(
         model = create_demo_model(name)
     else:
         kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
+        if name not in args.model:
+            # The static twin of a model with options of its layers.
+            kwargs = {key: value for key, value in kwargs.items() if key not in LAYER_OPTIONS}
         if checkpoint and name not in args.model:
             twin = timm.create_model(name, **kwargs)
             if describe_misfits(strip_prefixes(checkpoint, twin), twin):
@@ -157,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     huggingface_hub.logging.set_verbosity_error()
     try:
         check_args(args)
+        adopt_model_options(args)
         args.model = expand_names(args.model, weights_needed=not (args.checkpoint or args.demo))
         if args.checkpoint and len(args.model) > 1:
             raise ValueError(f"--checkpoint is for one model, got {', '.join(args.model)}")

@@ -17,8 +17,8 @@ from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
 from common.images import load_image
 from common.models import build_model, check_image_size, expand_names
-from common.preprocessing import resolve_preprocessing
 from common.record import versions
+from common.run_options import adopt_model_options, resolve_preprocessing
 from common.weights import load_checkpoint, read_checkpoint
 from fdconv_zoo import FDConv2d, convert
 from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     huggingface_hub.logging.set_verbosity_error()
     try:
         check_args(args)
+        adopt_model_options(args)
         if args.demo and not args.photos:
             paths = PhotoReader().paths
             args.photos = [paths[number] for number in DEMO_PHOTOS]

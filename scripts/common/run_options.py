@@ -1,5 +1,9 @@
-"""How a command prepares images: as it is told, else as the run did that left the weights, else as the model says."""
+"""What a command takes from the run that left the weights: options of the model, and how images are prepared.
 
+What the command line says counts more.
+"""
+
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,28 @@ from fdconv_zoo.run_files import ARGS_FILE
 
 # Options of train.py that its validation goes by.
 RUN_OPTIONS = ("img_size", "interpolation", "crop_pct", "mean", "std")
+
+
+def adopt_model_options(args: argparse.Namespace) -> None:
+    """Give a command, in place, the run's number of classes and other options of the model.
+
+    Args:
+        args: It has `num_classes`, `model_kwargs` and the `checkpoint`, in the folder of its run of train.py perhaps.
+
+    Raises:
+        ValueError: The run's args.yaml can't be read.
+    """
+    run = _run_options(args.checkpoint) if args.checkpoint else None
+    if run is None:
+        return
+    if args.num_classes is None:
+        args.num_classes = run.get("num_classes")
+    channels = run.get("in_chans") or 3
+    args.model_kwargs = {
+        **({} if channels == 3 else {"in_chans": channels}),
+        **(run.get("model_kwargs") or {}),
+        **args.model_kwargs,
+    }
 
 
 def resolve_preprocessing(

@@ -1,4 +1,4 @@
-"""Weights that a run of train.py left are fed as the run fed them: by validate.py, export.py and visualize.py."""
+"""Weights that a run of train.py left: built and fed as the run did, by validate.py, export.py and visualize.py."""
 
 import argparse
 import csv
@@ -13,7 +13,7 @@ from train_runs import photo_folder
 import export
 import train
 import validate
-from common.preprocessing import resolve_preprocessing
+from common.run_options import resolve_preprocessing
 
 RUN = ["--img-size", 96, "--crop-pct", 0.6, "--mean", 0.2, "--std", 0.4, "--interpolation", "bilinear"]
 
@@ -44,6 +44,23 @@ def test_the_run_and_validate_measure_one_number(photos, tmp_path, channels):
     assert measure(photos, tmp_path / "last.safetensors", "--crop-pct", 1, *given)["loss"] != found["loss"]
     (tmp_path / "args.yaml").unlink()
     assert measure(photos, tmp_path / "last.safetensors", *given)["input_size"] == [channels, 160, 160]
+
+
+def test_the_models_options_are_the_runs(photos, tmp_path, monkeypatch):
+    model = ["--model", "resnet18_fdconv"]
+    options = ["channels=(20,24,28,32)", "layers=(1,1,1,1)", "num_bands=8", "ksm=False"]
+    given = ["--num-classes", 2, "--data-dir", photos, "--device", "cpu", "--output", tmp_path, *RUN, "-b", 4, "-j", 0]
+    train.main([str(option) for option in (*model, *given, "--steps", 1, "--model-kwargs", *options)])
+    weights, results = tmp_path / "last.safetensors", tmp_path / "results.json"
+    known = [*model, "--checkpoint", weights]
+    validate.main([str(o) for o in (photos, *known, "--workers", 0, "--device", "cpu", "--results-file", results)])
+    (row,) = csv.DictReader((tmp_path / "summary.csv").open())
+    assert json.loads(results.read_text())[0]["loss"] == pytest.approx(float(row["eval_loss"]), rel=1e-4)
+    export.main(
+        ["resnet18_fdconv", str(tmp_path / "m.pt2"), *map(str, known[2:]), "--fixed-size", "--fixed-batch", "1"]
+    )
+    with pytest.raises(SystemExit, match="does not fit"):  # what is said counts more
+        validate.main([str(o) for o in (photos, *known, "--model-kwargs", "ksm=True", "--device", "cpu")])
 
 
 def test_size_for_testing_is_not_for_the_weights_of_a_run(tmp_path):
