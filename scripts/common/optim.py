@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from common.training_recipe import Recipe
 from fdconv_zoo import modulation_parameters
 
+# What optimisers count in their groups, beside what options set there.
+COUNTERS = ("lookahead_step", "step")
+
 
 def scaled_learning_rate(base: float, base_size: int, global_batch: int, scale: str) -> float:
     """Learning rate for ``global_batch`` images an update, from the one at ``base_size``.

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
+from common.optim import COUNTERS
 from dense.args import MASK_HEADS
 from dense.coco import Target
 from dense.models import predict_classes
@@ -61,7 +62,7 @@ class DenseModule(L.LightningModule):
         per_epoch = math.ceil(self.trainer.num_training_batches / self.args.grad_accum_steps)
         schedule = LambdaLR(optimizer, rate_factor(self.args, total, per_epoch))
         self.options = [
-            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            {key: value for key, value in group.items() if key not in ("params", "lr", *COUNTERS)}
             for group in optimizer.param_groups
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -71,7 +71,7 @@ def _open_folders(args: argparse.Namespace, mode: str) -> list[Dataset]:
             raise ValueError(f"can't read --class-map {args.class_map}: {error}") from error
     train = FolderReader(train_root, class_map)
     synsets = ImageNetInfo().label_names()
-    if class_map is None and args.num_classes == len(synsets) and train.class_to_idx.keys() <= set(synsets):
+    if class_map is None and args.num_classes == len(synsets) and train.class_to_idx.keys() < set(synsets):
         # Some of ImageNet's classes for a classifier of all: its outputs keep their meaning, as validate.py takes them.
         train = FolderReader(train_root, {synset: index for index, synset in enumerate(synsets)})
     try:

@@ -118,7 +118,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         columns = before if set(row) <= set(before) else [*row, *(name for name in before if name not in row)]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows([*rows, row])
     temporary.replace(path)

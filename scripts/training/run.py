@@ -21,6 +21,7 @@ from common.checkpoint import (
 )
 from common.images import UnusableImagesError
 from common.loop import DivergedError, Progress, Trainer
+from common.optim import COUNTERS
 from common.signals import StoppedError, StopSignals
 from training.args import recorded_args
 from training.data import BatchAugmentation, TrainLoader, ValidationLoader
@@ -28,8 +29,6 @@ from training.log import RunLog
 from training.validate import evaluate
 
 _logger = logging.getLogger("train")
-# What optimisers count in their groups, beside what options set there.
-COUNTERS = ("lookahead_step", "step")
 
 
 @dataclass

@@ -200,16 +200,18 @@ def test_lookahead_goes_on_counting(photos, tmp_path):
 
 def test_the_best_is_of_the_metric_of_now_and_columns_are_kept(photos, tmp_path):
     small_run(photos, tmp_path, "--epochs", 3, "--steps", 7, "--eval-metric", "top5", "--lr", 0.1)
+    with (tmp_path / "summary.csv").open("a") as file:
+        file.write("0,1,2,3,4,0.05,6,7\n")  # a row longer than the columns, as a resume with an average once left it
     state = load_state(tmp_path / "last.state.pt")
     assert (state["progress"]["best_metric"], state["progress"]["updates"]) == (100, 7)  # of an epoch's middle too
     small_run(photos, tmp_path, "--epochs", 3, "--eval-metric", "top1", "--lr", 0.1, "--model-ema", "--resume")
     with (tmp_path / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and all(None not in row for row in rows)
-    assert [bool(row["eval_ema_loss"]) for row in rows] == [False, True, True]
+    assert [row["epoch"] for row in rows] == ["0", "0", "1", "2"] and all(None not in row for row in rows)
+    assert [bool(row["eval_ema_loss"]) for row in rows] == [False, False, True, True]
     assert all(float(row["lr"]) <= 0.1 for row in rows)
     best = load_state(tmp_path / "last.state.pt")["progress"]["best_metric"]
-    assert best == max(float(row["eval_ema_top1"]) for row in rows[1:])
+    assert best == max(float(row["eval_ema_top1"]) for row in rows[2:])
 
 
 def test_options_for_speed_leave_plain_checkpoints_and_resume(photos, tmp_path, caplog):

@@ -92,7 +92,8 @@ class KWAttention(Annealed):
     def train(self, mode: bool = True) -> "KWAttention":
         """The columns are made anew: averages of a model's buffers cut integers down."""
         if not self.columns.is_meta:
-            self.columns.copy_(torch.tensor(self.column_list, device="cpu"))
+            with torch.inference_mode(False):
+                self.columns = torch.tensor(self.column_list, device=self.columns.device)
         return super().train(mode)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ def test_an_average_of_the_buffers_leaves_the_columns():
         average.update_parameters(model)
     x = torch.randn(2, 20, 8, 8)
     assert relative_error(average.eval()(x), model.eval()(x)) < 1e-5
+    with torch.inference_mode():
+        made_there = convert(chain(), "kw")
+    made_there.train().eval()
+    with torch.inference_mode():
+        assert relative_error(made_there(x), model(x)) < 1e-5
 
 
 def test_cells_that_do_not_suffice_or_are_left_over_are_refused():
