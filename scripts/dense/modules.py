@@ -58,6 +58,7 @@ class DenseModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         images = self.args.batch_size * self.args.grad_accum_steps * self.trainer.world_size
         optimizer = create_optimizer(self.model, self.backbone_parts[0], self.args, images)
+        self.trainer.fit_loop.setup_data()  # or an epoch of a run of --steps has no length yet
         total = self.args.steps or int(self.trainer.estimated_stepping_batches)
         per_epoch = math.ceil(self.trainer.num_training_batches / self.args.grad_accum_steps)
         schedule = LambdaLR(optimizer, rate_factor(self.args, total, per_epoch))

@@ -210,3 +210,12 @@ def test_a_resumed_run_takes_the_options_of_now_and_keeps_its_best_where_it_was_
         for saved in (before, after)
     ]
     assert scores[1] >= scores[0]
+
+
+def test_milestones_are_epochs_of_a_run_of_updates_too(data, tmp_path):
+    schedule = ["--sched", "multistep", "--decay-milestones", "1", "--warmup-steps", "0", "--steps", "4"]
+    train_dense.main([*options("unet", data, tmp_path), *schedule])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {round(group["lr"] / group["initial_lr"], 9) for group in saved["optimizer_states"][0]["param_groups"]} == {
+        0.1
+    }
