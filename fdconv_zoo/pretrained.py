@@ -72,10 +72,10 @@ def resolve_pretrained(
     if cfg.source == "local-dir":
         return overlay
     if cfg.source != "hf-hub" and cfg.state_dict:
-        return _with_classes(overlay, cfg, _shapes(cfg.state_dict))
+        return _with_classes(overlay, cfg, cfg.state_dict)
     if cfg.source != "hf-hub" and cfg.file:
         _check_local(Path(cfg.file))
-        return _with_classes(overlay, cfg, _read_shapes(Path(cfg.file)))
+        return _with_classes(overlay, cfg, Path(cfg.file))
     if not cfg.hf_hub_id:
         if cfg.url:
             raise PretrainedError(
@@ -91,7 +91,7 @@ def resolve_pretrained(
         )
     path = download_verified(find_source(cfg.hf_hub_id, file), cache_dir)
     _check_local(path)
-    return _with_classes({**overlay, "file": str(path), "source": None}, cfg, _read_shapes(path))
+    return _with_classes({**overlay, "file": str(path), "source": None}, cfg, path)
 
 
 def _shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -109,13 +109,14 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {}
 
 
-def _with_classes(overlay: dict[str, Any], cfg: PretrainedCfg, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The overlay with the number of classes of weights of these shapes, where they tell it and nobody else did."""
+def _with_classes(overlay: dict[str, Any], cfg: PretrainedCfg, weights: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The overlay with the number of classes of these weights, where they tell it and nobody else did."""
     names = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
-    counts = [shapes[key][0] for key in (f"{name}.weight" for name in names) if key in shapes]
-    if not counts or "num_classes" in overlay or cfg.label_offset:
+    if not names or "num_classes" in overlay or cfg.label_offset:
         return overlay
-    return {**overlay, "num_classes": counts[0]}
+    shapes = _read_shapes(weights) if isinstance(weights, Path) else _shapes(weights)
+    counts = [shapes[key][0] for key in (f"{name}.weight" for name in names) if key in shapes]
+    return {**overlay, "num_classes": counts[0]} if counts else overlay
 
 
 def _check_local(path: Path) -> None:

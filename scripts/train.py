@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
 from timm.utils import random_seed, unwrap_model
@@ -26,6 +25,7 @@ from common.models import build_model, check_image_size, check_name
 from common.optim import classifier_names
 from common.recipes import save_args
 from common.record import write_json
+from common.run_options import resolve_preprocessing
 from common.signals import StoppedError, StopSignals
 from common.training_recipe import Recipe
 from common.weights import load_checkpoint, read_checkpoint
@@ -150,8 +150,7 @@ def create_run(args: argparse.Namespace, device: torch.device, rank: int, world_
     model = unwrap_model(task.get_trainable_module())
     random_seed(args.seed, rank)
 
-    data_config = resolve_data_config(vars(args), model=model)
-    data_config["input_size"] = (args.in_chans, *data_config["input_size"][1:])
+    data_config = resolve_preprocessing(model, vars(args), checkpoint=None, channels=args.in_chans)
     check_image_size(model, data_config["input_size"][1:])
     train_set, val_set = datasets or synthetic_datasets(args, model.num_classes, data_config["input_size"])
     check_classes(train_set, model.num_classes, chosen=args.num_classes is not None)

@@ -32,16 +32,15 @@ from common.models import (
 from common.record import write_json
 from common.run_options import adopt_model_options, resolve_preprocessing
 from common.weights import read_checkpoint
-from fdconv_zoo import FDConv2d
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.cost import count_macs, count_parameters
-from fdconv_zoo.methods import layer_options
+from fdconv_zoo.methods import METHODS
 from validation.args import check_args, parse_args
 from validation.datasets import open_dataset
 from validation.demo import report_photos
 
 # Those of the layers that timm's models have none of by these names.
-LAYER_OPTIONS = {*layer_options(FDConv2d), "ksm_norm_layer", "ksm_act_layer"} - {"norm_layer", "act_layer"}
+LAYER_OPTIONS = {*METHODS["fdconv"].options, "ksm_norm_layer", "ksm_act_layer"} - {"norm_layer", "act_layer"}
 PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 

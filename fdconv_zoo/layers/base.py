@@ -93,10 +93,7 @@ class DynamicLayer(Entry):
         if not isinstance(self.holder(), nn.Parameter):
             parametrised.append(self.held[0])
         if parametrised:
-            raise ValueError(
-                f"{', '.join(dict.fromkeys(parametrised))} is made by a parametrization, which would undo what is set: "
-                "remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+            raise parametrised_error(", ".join(dict.fromkeys(parametrised)))
         for key, value in state.items():
             own[key].copy_(value)
 
@@ -136,6 +133,8 @@ class DynamicLayer(Entry):
         return not self.holder().is_meta and bool(self.holder().flatten()[0].isnan())
 
     def _adopt(self, static: nn.Module, weights_follow: bool = False) -> None:
+        if computed := computed_reason(static):
+            raise ValueError(f"{type(static).__name__} stays static: {computed}")
         # Parameters on the meta device may have been put there one by one, by accelerate, which wants buffers real.
         if static.weight.is_meta and not next(self.parameters()).is_meta:
             self.to("meta")
@@ -157,6 +156,14 @@ class DynamicLayer(Entry):
         if twin.bias is not None:
             twin.bias.copy_(self.static_bias()).requires_grad_(attrgetter(self.held[1])(self).requires_grad)
         return twin.train(self.training)
+
+
+def parametrised_error(names: str) -> ValueError:
+    """What to raise where parameters of these names can't be set."""
+    return ValueError(
+        f"{names} is made by a parametrization, which would undo what is set: remove it first "
+        "(torch.nn.utils.parametrize.remove_parametrizations)"
+    )
 
 
 def computed_reason(layer: nn.Module) -> str:
@@ -196,8 +203,6 @@ class DynamicConvolution(DynamicLayer):
                 f"{type(conv).__name__} may compute something else than nn.{cls.static_class.__name__}, which alone is "
                 f"converted to {cls.__name__}"
             )
-        if computed := computed_reason(conv):
-            raise ValueError(f"{type(conv).__name__} stays static: {computed}")
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode={conv.padding_mode!r}, but {cls.__name__} pads with zeros only")
         layer = cls(

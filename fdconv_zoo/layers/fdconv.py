@@ -15,7 +15,7 @@ from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
 from .band_options import BandOptions
-from .base import DynamicConvolution, DynamicLayer, computed_reason
+from .base import DynamicConvolution, DynamicLayer
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .fourier import to_spectrum, weight_to_matrix
@@ -406,8 +406,6 @@ class FDLinear(_FDLayer):
             raise ValueError(
                 f"{type(linear).__name__} may compute something else than nn.Linear, which alone is converted"
             )
-        if computed := computed_reason(linear):
-            raise ValueError(f"{type(linear).__name__} stays static: {computed}")
         layer = cls(
             linear.in_features,
             linear.out_features,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .base import parametrised_error
 from .fourier import from_spectrum, matrix_to_weight, weight_to_matrix
 
 # Answered from the tensor itself, without the transform that makes its numbers.
@@ -325,10 +326,7 @@ class HasStaticWeight(nn.Module):
         if not self.takes_shape(weight.shape):
             raise ValueError(f"a static weight of shape {list(weight.shape)} instead of {list(self.static_shape)}")
         if not isinstance(self.fdw.spectrum, nn.Parameter):
-            raise ValueError(
-                "fdw.spectrum is made by a parametrization, which would undo what is set: remove it first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
+            raise parametrised_error("fdw.spectrum")
         self.fdw.set_matrix(weight_to_matrix(weight.reshape(*self.static_shape[:2], *self.kernel_shape)))
         self.filter_scale = None
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from common.optim import classifier_names
 from common.weights import fit_checkpoint, read_checkpoint
 from dense.backbones import LEVELS, create_backbone, swin_options
 from dense.deeplab import UndilatedDeepLabV3Plus
@@ -55,8 +56,7 @@ def read_backbone(path: Path, name: str, kwargs: Mapping[str, Any]) -> dict[str,
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(name, num_classes=0, **kwargs)
     state = strip_prefixes(read_checkpoint(path), model)
-    names = model.pretrained_cfg.get("classifier") or ()
-    classifier = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    classifier = tuple(f"{name}." for name in classifier_names(model))
     return fit_checkpoint(model, {key: value for key, value in state.items() if not key.startswith(classifier)})
 
 
