@@ -1,6 +1,7 @@
 """Loaders and batch augmentation of ``train.py``, from timm's parts."""
 
 import argparse
+import dataclasses
 import logging
 import multiprocessing
 import signal
@@ -16,13 +17,15 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from common.images import ReadableImages, collate_readable
 from common.sampler import SeededDataset
 from training.sampler import ResumableSampler
 
-STREAM_LOGGER = "timm.data.readers.reader_wds"
+STREAM_LOGGER = ReaderWds.__module__
 
 
 class _SkippedSampleHandler(logging.Handler):
@@ -49,6 +52,35 @@ def _seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
+def _check_shards(reader: Reader, workers: int, world_size: int) -> None:
+    """Refuse shards that leave a reading process without any: it would yield nothing, and the epoch end too early.
+
+    Raises:
+        ValueError: There are fewer shards than reading processes.
+    """
+    if not isinstance(reader, ReaderWds):
+        return
+    shards, readers = len(reader.split_info.filenames), workers * world_size
+    if shards < readers:
+        raise ValueError(
+            f"{shards} shards for training are fewer than {readers} that read them ({world_size} processes with "
+            f"{workers} --workers each): lower --workers, or write more shards"
+        )
+
+
+def _share_shards(reader: Reader, rank: int, world_size: int) -> bool:
+    """Give a process whole shards of its own for validation, and tell whether there is one for it.
+
+    timm's reader would have all processes see equally many samples: some twice, others never.
+    """
+    if not isinstance(reader, ReaderWds) or world_size == 1:
+        return True
+    shards = reader.split_info.filenames[rank::world_size]
+    reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return len(shards) > 0
+
+
 class TrainLoader:
     """Batches of one process that can start in the middle of an epoch.
 
@@ -67,7 +99,7 @@ class TrainLoader:
         stream_workers: Loader processes that a stream is shared out to, 0 for map-style data.
 
     Raises:
-        ValueError: The data don't fill a batch.
+        ValueError: The data don't fill a batch, or a stream has fewer shards than readers.
     """
 
     def __init__(
@@ -106,6 +138,7 @@ class TrainLoader:
         if stream:
             workers = max(1, workers)  # a worker process that starts with the epoch is what makes its seed known
             self.stream_workers = workers
+            _check_shards(dataset.reader, workers, world_size)
             dataset.set_loader_cfg(num_workers=workers)
         else:
             order = (
@@ -169,6 +202,7 @@ class ValidationLoader:
 
     Attributes:
         images: Number of images over all processes, unknown of a stream.
+        has_share: Whether there are images for this process; a stream may have fewer shards than processes.
     """
 
     def __init__(
@@ -191,7 +225,9 @@ class ValidationLoader:
         )
         self.readable: ReadableImages | None = None
         self.images: int | None = None
+        self.has_share = True
         if isinstance(dataset, IterableDataset):
+            self.has_share = _share_shards(dataset.reader, rank, world_size)
             dataset.set_loader_cfg(num_workers=args.workers)
         else:
             self.images = len(dataset)
@@ -211,7 +247,7 @@ class ValidationLoader:
         )
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return iter(self.loader)
+        return iter(self.loader if self.has_share else ())
 
     def corrupt_images(self) -> list[str]:
         """Names of the images that could not be read so far in this process; of a stream none are known."""

@@ -2,6 +2,7 @@
 
 import tarfile
 from io import BytesIO
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -113,17 +114,17 @@ def test_ten_unreadable_images_in_a_row_are_an_error():
         SeededDataset(Unreadable(20), seed=0)[SampleKey(3, 0, 0)]
 
 
-def shards(root, corrupt=False):
-    """Two WebDataset shards of ten photos each; one sample of the first is no image if asked for."""
-    for shard in range(2):
+def shards(root, corrupt=False, ends=(0, 10, 20)):
+    """WebDataset shards of photos, two of ten each; one sample of the first is no image if asked for."""
+    for shard, (start, end) in enumerate(pairwise(ends)):
         with tarfile.open(root / f"photos-{shard}.tar", "w") as tar:
-            for i, photo in enumerate(photos()[10 * shard : 10 * shard + 10]):
+            for i, photo in enumerate(photos()[start:end]):
                 image = b"no image" if corrupt and shard == i == 0 else photo.read_bytes()
                 for suffix, data in (("jpg", image), ("cls", str(i % 2).encode())):
                     entry = tarfile.TarInfo(f"{shard}{i:03d}.{suffix}")
                     entry.size = len(data)
                     tar.addfile(entry, BytesIO(data))
-    split = "photos-{0..1}.tar|20"
+    split = f"photos-{{0..{len(ends) - 2}}}.tar|20"
     return ["--dataset", "wds/photos", "--data-dir", root, "--train-split", split, "--val-split", split]
 
 
@@ -157,12 +158,35 @@ def test_hugging_face_data_set_resumes_to_the_same_batches(folder, tmp_path, mon
     assert images(train_loader(*options).batches(1, start=2)).equal(epoch[8:])
 
 
-def test_validation_of_a_stream_sees_each_image_once(tmp_path):
-    args = parse_args(["-b", "4", "-j", "1", "--img-size", "32", *map(str, shards(tmp_path))])
+def validation_images(options, rank=0, world_size=1):
+    """What a process sees of the validation set, rounded so that it can be counted."""
+    args = parse_args(["-b", "4", "--img-size", "32", *map(str, options)])
     config = resolve_data_config(vars(args), pretrained_cfg={})
     _, val_set = create_datasets(args)
-    loader = ValidationLoader(val_set, args, config, CPU, 0, 1)
-    assert sum(len(labels) for _, labels in loader) == 20
+    # As timm's readers find them where there are several processes.
+    val_set.reader.dist_rank, val_set.reader.dist_num_replicas = rank, world_size
+    loader = ValidationLoader(val_set, args, config, CPU, rank, world_size)
+    return [image.numpy().tobytes() for batch, _ in loader for image in batch]
+
+
+def test_validation_of_a_stream_sees_each_image_once(tmp_path):
+    assert len(validation_images([*shards(tmp_path), "-j", 1])) == 20
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_see_each_image_of_a_validation_stream_once(tmp_path, world_size, workers):
+    options = [*shards(tmp_path, ends=(0, 3, 13, 20)), "-j", workers]  # four processes are more than three shards
+    every = validation_images(options)
+    shares = [validation_images(options, rank, world_size) for rank in range(world_size)]
+    assert len(every) == 20
+    assert sorted(chain.from_iterable(shares)) == sorted(every)
+
+
+def test_fewer_shards_than_readers_are_refused_in_training(tmp_path):
+    options = [*shards(tmp_path), "-j", 3]
+    with pytest.raises(ValueError, match="2 shards for training are fewer than 3 that read them"):
+        train_loader(*options)
 
 
 def test_too_many_labels_for_the_model_is_an_error_that_says_what_to_do(folder):
