@@ -18,7 +18,7 @@ The two run in alternation in one process, so that a busy machine slows both ali
 than a time. Each figure is a median after a warm-up. Weights are random, gates are not at 1, images are noise."""
 EXAMPLES = """examples:
   benchmark.py --model resnet18_fdconv --img-size 64             a first look, in a few seconds
-  benchmark.py --preset table --compile                          the table of docs/performance.md
+  benchmark.py --preset table --repeats 8                        the table of docs/performance.md
   benchmark.py --preset small-images --threads 1                 64 pixels, and what static stages save there
   benchmark.py --model resnet50_fdconv --mode eval train --batch-size 2 4 8 --threads 1 2
   benchmark.py --model resnet50_fdconv --engines eager compile aotinductor onnxruntime openvino      docs/deploy.md
@@ -170,5 +170,5 @@ def check_args(args: argparse.Namespace) -> None:
         if not args.preset and len(args.img_size) < 2 and len(args.batch_size) < 2:
             raise ValueError("--plot needs two or more of --img-size or --batch-size")
         if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install 'fdconv-zoo[demo]'")
+            raise ValueError("--plot needs matplotlib: pip install -e '.[demo]'")
     check_device(args.device)

@@ -34,8 +34,9 @@ EXAMPLES = """examples:
   # go on after a stop (starts afresh if there is nothing to resume)
   python scripts/train_dense.py --config outputs/faster_rcnn/args.yaml --resume
 
-  # dry run of a recipe on your data: two batches of training, two of validation
-  python scripts/train_dense.py --config scripts/configs/dense/mask_rcnn_1x_coco.yaml --limit-batches 2 ...
+  # dry run of a recipe on your data: one epoch of two batches of training, and two of validation; where a recipe has
+  # steps, --steps 2 instead of --epochs 1
+  python scripts/train_dense.py --config scripts/configs/dense/mask_rcnn_1x_coco.yaml --limit-batches 2 --epochs 1 ...
 
 docs/dense_training.md tells more.
 """

@@ -18,7 +18,7 @@ EXAMPLES = f"""parts, in this order (each has a share of the time; what one leav
 {chr(10).join(f"  {name:10s} {part.about}" for name, part in PARTS.items())}
 
 examples:
-  python scripts/gpu_check.py                                   everything, within 8 minutes on one H100
+  python scripts/gpu_check.py                                   as much as fits into 8 minutes (--minutes)
   python scripts/gpu_check.py --only facts --only kernels       two parts
   python scripts/gpu_check.py --only speed --minutes 5 --keep   once more, beside what the file holds already
   python scripts/gpu_check.py --device cpu --small              that the parts run, on a CPU; figures mean nothing
