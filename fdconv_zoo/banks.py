@@ -8,6 +8,7 @@ default: 3 GB for a ResNet-50 in bfloat16.
 import torch
 from torch import nn
 
+from .choice import named_fd_layers
 from .layers.fdw import FDW
 from .layers.ops import triton
 
@@ -25,20 +26,22 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
 
     Returns:
         Bytes that all kept banks take. A bank that would take more than an eighth of the device's free memory is not
-        kept, nor one of a layer that was made in inference mode, where nothing tells that a spectrum changed.
+        kept, nor one of a layer that was made in inference mode, where nothing tells that a spectrum changed, nor one
+        that nothing would read: of `fused=False`, of FDConv3d, and where Triton's kernels do not run.
 
     Raises:
         ValueError: If a layer is in training mode.
     """
-    layers = [module for module in model.modules() if isinstance(module, FDW)]
-    if any(layer.training for layer in layers):
+    layers = [layer for _, layer in named_fd_layers(model)]
+    if any(layer.fdw.training for layer in layers):
         raise ValueError("banks are kept in eval only, where the spectrum stays as it is: call model.eval() first")
     kept = 0
     for layer in layers:
-        layer.drop_bank()
-        size = layer.num_bands * layer.rows * layer.columns * dtype.itemsize
-        if not layer.spectrum.is_inference() and triton.can_keep(size, layer.spectrum.device):
-            layer.keep_bank(dtype)
+        fdw = layer.fdw
+        fdw.drop_bank()
+        size = fdw.num_bands * fdw.rows * fdw.columns * dtype.itemsize
+        if layer.reads_bank and not fdw.spectrum.is_inference() and triton.can_keep(size, fdw.spectrum.device):
+            fdw.keep_bank(dtype)
             kept += size
     return kept
 

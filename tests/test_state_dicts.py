@@ -263,3 +263,12 @@ def test_a_lone_official_layer_and_the_source_left_as_it_was():
     assert list(state) == keys
     x = torch.randn(2, 20, 8, 9)
     assert relative_error(layer(x), source(x)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["fdconv", "odconv"])
+def test_static_weights_alone_do_not_bring_a_model_off_the_meta_device(method):
+    static = timm.create_model("resnet18", num_classes=3)
+    with torch.device("meta"):
+        model = timm.create_model(f"resnet18_{method}", num_classes=3)
+    with pytest.raises(RuntimeError, match="is on the meta device and would stay there"):
+        model.load_state_dict(static.state_dict(), assign=True)

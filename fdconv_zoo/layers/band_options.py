@@ -25,6 +25,8 @@ class BandOptions(nn.Module):
     """
 
     values: Tensor
+    # No buffer, which would be averaged too.
+    _as_set: Tensor | None = None
 
     def __init__(self, fdw: FDW, fbm: FBM | None, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -40,9 +42,14 @@ class BandOptions(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Saves the numbers as they were set: averages of a model's buffers cut integers down."""
+        """Saves the numbers as they were set: averages of a model's buffers cut integers down.
+
+        They are copied on their device: a copy from the CPU would wait for it, in every update of an average.
+        """
         if not self.values.is_meta and not self.values.is_inference():
-            self.values.copy_(torch.tensor(self.options, device="cpu"))
+            if self._as_set is None or self._as_set.device != self.values.device:
+                self._as_set = torch.tensor(self.options, device=self.values.device)
+            self.values.copy_(self._as_set)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

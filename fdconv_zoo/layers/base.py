@@ -6,9 +6,11 @@ from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import to_ntuple
 from torch import Tensor, nn
 
 from .ops import Entry
+from .padding import explicit_pads
 
 
 class DynamicLayer(Entry):
@@ -184,6 +186,14 @@ class DynamicConvolution(DynamicLayer):
 
     static_class: ClassVar[type[nn.Module]] = nn.Conv2d
     unset: ClassVar[dict[str, Any]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Follows a stride, padding or dilation that is set later, a number for all dimensions or one for each."""
+        if name in ("stride", "padding", "dilation") and not isinstance(value, str):
+            value = to_ntuple(len(self.kernel_size))(value)
+        super().__setattr__(name, value)
+        if name in ("stride", "padding", "dilation") and "pads" in self.__dict__:
+            self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
     @classmethod
     def from_conv(cls, conv: nn.Module, *, weights_follow: bool = False, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from a static one computes the same function until it is trained.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
 from .band_options import BandOptions
-from .base import DynamicConvolution, DynamicLayer
+from .base import DynamicConvolution, DynamicLayer, parametrised_error
 from .fbm import FBM
 from .fdw import FDW, GainMaps
 from .fourier import to_spectrum, weight_to_matrix
@@ -46,6 +47,11 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
     unset: ClassVar[dict[str, Any]] = {"init_weights": False}
     fbm_class: ClassVar[type[FBM]] = FBM
     fused: bool = True  # of pickles from before it was there
+
+    @property
+    def reads_bank(self) -> bool:
+        """Whether a GPU's kernels would read a kept bank of it."""
+        return self.fused
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Python's own error would not tell our name of it.
@@ -131,10 +137,24 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
 
     @torch.jit.ignore
     def reset_modulation(self) -> None:
-        """Sets every gate back to 1: the layer computes its static weight's function again."""
+        """Sets every gate back to 1: the layer computes its static weight's function again.
+
+        Raises:
+            ValueError: A parametrization or a pruning makes what must be zero for that.
+        """
+        self._check_gates()
         self.ksm.reset_parameters()
         if self.fbm is not None:
             self.fbm.reset_parameters()
+
+    def _check_gates(self) -> None:
+        own = dict(self.named_parameters())
+        computed = [
+            name for name in ZERO_AT_REST
+            if name not in own and attrgetter(name.rpartition(".")[0])(self) is not None
+        ]  # fmt: skip
+        if computed:
+            raise parametrised_error(", ".join(computed))
 
     @torch.jit.ignore
     def start_from_scratch(self) -> None:
@@ -154,8 +174,10 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
         """Takes over the static weight, shaped as that of nn.Conv2d or nn.Linear, and bias; every gate is set to 1.
 
         Raises:
-            ValueError: On a weight of another shape, a bias for a layer without one, or none for one with.
+            ValueError: On a weight of another shape, a bias for a layer without one, none for one with, or gates that a
+                parametrization or a pruning makes.
         """
+        self._check_gates()
         if (bias is None) != (self.bias is None):
             given = "None" if bias is None else "a tensor"
             raise ValueError(f"a bias that is {given}, but the layer has bias={self.bias is not None}")

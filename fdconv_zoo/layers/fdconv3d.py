@@ -22,6 +22,7 @@ class FDConv3d(FDConvNd):
 
     static_class = nn.Conv3d
     fbm_class = FBM3d
+    reads_bank = False
 
     def _compute(self, x: Tensor, by_kernels: bool) -> Tensor:
         """Convolves x (B, Cin, D, H, W) with a weight of its own for each sample."""

@@ -226,7 +226,7 @@ class FDW(nn.Module):
             bank, version = self._usable_bank()
             return Spectrum(self.spectrum, GainMap(self.gain_index, self.gain_tiles), bank, version)
 
-    @torch.jit.ignore
+    # Not torch.jit.ignore: scripts would take the method over, and call it with a self that is no FDW.
     def train(self, mode: bool = True) -> "FDW":
         """Training changes the spectrum: a kept bank is given up.
 

@@ -113,6 +113,13 @@ class ChannelTaps(nn.Module):
         return f"maps={self.weight.shape[0]}, taps={self.weight.shape[2]}"
 
 
+def star_values(act: nn.Module) -> tuple[float, float]:
+    """Scale and bias that a StarReLU starts with; its defaults for others, and where there are no numbers to read."""
+    if type(act) is not StarReLU or type(act.scale.data) is not Tensor or act.scale.is_meta:
+        return 1.0, 0.0
+    return act.scale.item(), act.bias.item()
+
+
 class KSM(nn.Module):
     """Kernel Spatial Modulation.
 
@@ -129,6 +136,8 @@ class KSM(nn.Module):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
+
+    star_start: tuple[float, float] = (1.0, 0.0)  # of pickles from before it was there
 
     def __init__(
         self,
@@ -153,7 +162,9 @@ class KSM(nn.Module):
             self.sections += [in_channels, out_channels] + ([positions] if positions > 1 else [])
         self.fc = Projection(in_channels, hidden, bias=False, device=device, dtype=dtype)
         self.norm = norm_layer(hidden).to(device=device, dtype=dtype)
-        self.act = act_layer().to(device=device, dtype=dtype)
+        act = act_layer()
+        self.star_start = star_values(act)
+        self.act = act.to(device=device, dtype=dtype)
         self.heads = Projection(hidden, sum(self.sections), bias=True, device=device, dtype=dtype)
         if modulate_weight:
             self.local_norm = nn.LayerNorm(in_channels, device=device, dtype=dtype)
@@ -169,6 +180,9 @@ class KSM(nn.Module):
         for module in (self.norm, self.act, self.local_norm):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+        if type(self.act) is StarReLU:  # timm's has no method for it
+            nn.init.constant_(self.act.scale, self.star_start[0])
+            nn.init.constant_(self.act.bias, self.star_start[1])
         self.heads.zero()
         if self.local_conv is not None:
             self.local_conv.zero()
@@ -276,7 +290,7 @@ def _warn_once() -> None:
         "a batch of one sample in training: KSM's BatchNorm, which has one value a channel and sample, normalises it "
         "by its running statistics and leaves those as they are. Where every batch is such, they never leave 0 and 1: "
         "build the layers with another norm_layer, e.g. norm_layer=functools.partial(nn.GroupNorm, 1) (ksm_norm_layer "
-        "of the zoo's models). Where only an epoch's last batch is: drop_last=True of the DataLoader. Said once",
+        "of the zoo's models). Where only an epoch's last batch is: drop_last=True of the DataLoader. update_bn wants batches of two or more. Said once",
         stacklevel=2,
     )
 

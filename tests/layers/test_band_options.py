@@ -9,6 +9,7 @@ from safetensors.torch import load_model, save_model
 from timm.models import load_checkpoint
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fdconv_zoo import FDConv2d, FDLinear, convert_static_state_dict, convert_to_fdconv
 from tests.compare import randomise, relative_error
@@ -127,3 +128,19 @@ def test_copies_and_conversions_keep_them():
     twin = copy.deepcopy(model).half()
     assert twin.state_dict()[f"0.{KEY}"].tolist() == [64, 1, 4, 1, 8, 1, 16]
     assert not any("band_options" in name for name, _ in twin.named_parameters())
+
+
+def test_saving_copies_nothing_from_the_host():
+    """An average of the weights saves twice an update: a copy from the CPU would wait for the device each time."""
+    layer = conv()
+    layer.state_dict()
+
+    class Made(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            made.append(function)
+            return function(*args, **(kwargs or {}))
+
+    made = []
+    with Made():
+        layer.state_dict()
+    assert torch.tensor not in made

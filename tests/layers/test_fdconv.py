@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo import FDConv1d, FDConv2d, FDConv3d, FDLinear
+from fdconv_zoo.layers.dynamic import ODConv2d
 from fdconv_zoo.layers.ops import literal
 from tests.compare import assert_matches, randomise, relative_error
 from tests.layers.fdconv_configs import CONFIGS, draw_config, layer_and_input, on_grid, reference_of
@@ -183,3 +184,44 @@ def test_meta_construction(mask_grid):
     assert torch.equal(layer.fdw.band_index(), real.fdw.band_index())
     x = torch.randn(2, 24, 9, 9)
     assert torch.equal(layer.eval()(x), real.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "static", "changes"),
+    [
+        (FDConv2d, nn.Conv2d, {"dilation": (2, 2), "padding": (2, 2)}),
+        (FDConv2d, nn.Conv2d, {"padding": 0}),
+        (FDConv2d, nn.Conv2d, {"padding": "same", "dilation": 2}),
+        (FDConv2d, nn.Conv2d, {"stride": 2}),
+        (FDConv1d, nn.Conv1d, {"padding": (0,), "dilation": (3,)}),
+        (FDConv3d, nn.Conv3d, {"padding": (0, 2, 1)}),
+        (ODConv2d, nn.Conv2d, {"dilation": (2, 2), "padding": (2, 2)}),
+    ],
+)
+def test_stride_padding_and_dilation_may_be_set_later(kind, static, changes):
+    """As those who dilate a finished network do."""
+    conv = static(17, 3, 3, padding=1)
+    layer = kind.from_conv(conv)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+        values = value if isinstance(value, str | tuple) else (value,) * len(conv.kernel_size)
+        setattr(conv, name, values)
+    # nn.Conv2d makes its own numbers of "same" when it is built.
+    if conv.padding == "same":
+        conv = static(17, 3, 3, padding="same", dilation=conv.dilation).requires_grad_(False)
+        conv.load_state_dict(layer.static_twin().state_dict())
+    x = torch.randn(2, 17, *[9] * len(conv.kernel_size))
+    torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.static_twin()(x), conv(x), rtol=0, atol=1e-5)
+
+
+def test_a_stride_that_same_padding_has_no_answer_to_is_refused_later_too():
+    layer = FDConv2d(17, 3, 3, padding="same")
+    with pytest.raises(ValueError, match="padding='same' needs stride 1, but stride=2"):
+        layer.stride = 2
+
+
+def test_a_scripted_layer_changes_its_mode():
+    layer, x = randomise(FDConv2d(17, 3, 3)).eval(), torch.randn(2, 17, 5, 5)
+    scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted.train().eval()(x), layer(x), rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from timm.layers import freeze_batch_norm_2d
+from timm.models.metaformer import StarReLU
 from torch import nn
 
 from fdconv_zoo import FDConv2d, FDLinear
@@ -189,3 +190,25 @@ def test_other_norm_and_activation():
     pooled = torch.randn(3, 24, dtype=torch.float64)
     expected = 2 * torch.sigmoid(ksm.heads(nn.functional.gelu(pooled @ ksm.fc.weight.T)))
     assert relative_error(torch.cat(made(ksm(pooled)), 1).detach(), expected.detach()) < 1e-14
+
+
+@pytest.mark.parametrize("values", [(1.0, 0.0), (0.8944, -0.4472)])
+def test_the_activation_starts_again_as_it_was_made(values):
+    """timm's StarReLU has two parameters and no way to reset them: at a scale of 0 no gate depends on the image."""
+    ksm = KSM(18, 20, (3, 3), num_bands=4, act_layer=partial(StarReLU, scale_value=values[0], bias_value=values[1]))
+    assert (ksm.act.scale.item(), ksm.act.bias.item()) == pytest.approx(values)
+    for parameter in ksm.parameters():
+        nn.init.zeros_(parameter)
+    ksm.reset_parameters()
+    assert (ksm.act.scale.item(), ksm.act.bias.item()) == pytest.approx(values)
+
+
+def test_nothing_is_left_unset_off_the_meta_device():
+    layer = FDConv2d(18, 20, 3, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+    layer.reset_parameters()
+    assert all(bool(parameter.isfinite().all()) for parameter in layer.parameters())
+    assert layer(torch.randn(2, 18, 5, 5)).isfinite().all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.layers import trunc_normal_tf_
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrize
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrize, prune
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.checkpoint import describe_misfits
@@ -407,3 +407,18 @@ def test_a_transformer_layer_takes_no_fast_path_around_fdconv():
             assert relative_error(block(x), fast) < 1e-5
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("part", ["ksm.heads", "ksm.local_conv", "fbm"])
+def test_pruned_gates_are_not_reset_in_vain(part):
+    """What is computed from another parameter would be made anew in the next pass."""
+    layer = randomise(FDConv2d(18, 20, 3))
+    prune.l1_unstructured(layer.get_submodule(part), "weight", 0.3)
+    with pytest.raises(ValueError, match=f"{part}.weight is made by a parametrization"):
+        layer.reset_modulation()
+    with pytest.raises(ValueError, match=f"{part}.weight is made by a parametrization"):
+        layer.set_static(torch.randn(20, 18, 3, 3), torch.randn(20))
+    prune.remove(layer.get_submodule(part), "weight")
+    layer.reset_modulation()
+    x = torch.randn(2, 18, 5, 5)
+    torch.testing.assert_close(layer(x), layer.static_twin()(x), rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """The operators as torch knows them: under torch.compile as in eager mode, and by the rules of operators."""
 
 import importlib
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.layers import FBM
-from fdconv_zoo.layers.ops import registry
+from fdconv_zoo.layers.ops import registry, triton
 from tests.compare import randomise, relative_error
 
 
@@ -145,3 +146,26 @@ def test_a_second_import_keeps_the_operators():
     operator = torch.ops.fdconv_zoo.dynamic_conv2d
     importlib.reload(registry)
     assert torch.ops.fdconv_zoo.dynamic_conv2d is operator
+
+
+@pytest.mark.parametrize(
+    ("found", "installed"),
+    [
+        ({}, False),
+        ({"triton-windows": "3.8.0.post29"}, True),
+        ({"pytorch-triton": "3.5.1"}, False),
+        ({"triton": "3.6.0"}, True),
+    ],
+)
+def test_triton_by_any_name_of_its_distribution(found, installed, monkeypatch):
+    """On Windows its distribution has another name: importing the package asks for it."""
+
+    def version(name):
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(triton, "version", version)
+    monkeypatch.setattr(triton, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert triton.is_installed() == installed

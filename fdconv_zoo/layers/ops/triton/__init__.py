@@ -4,7 +4,7 @@ Nothing here is imported before an operator is called on a GPU: importing Triton
 """
 
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -15,6 +15,8 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 # Tuples as arguments, and what else the kernels take of its language.
 LEAST_TRITON = (3, 6)
+# Distributions that bring it: Linux's own, Windows', those of PyTorch's nightlies.
+DISTRIBUTIONS = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-xpu")
 # Height and width up to which a map fits the registers of a program that gates its bands; in float32 larger ones spill.
 LARGEST_SIDE = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 # Of a device's memory, what one bank may take: a choice by what is free would differ between a pass and its repetition
@@ -28,7 +30,12 @@ def is_installed() -> bool:
     """Whether Triton is there and new enough, and PyTorch not built for AMD, where nobody tried the kernels."""
     if find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return tuple(int(part) for part in version("triton").split(".")[:2]) >= LEAST_TRITON
+    for name in DISTRIBUTIONS:
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2]) >= LEAST_TRITON
+        except PackageNotFoundError:
+            continue
+    return False
 
 
 IS_INSTALLED = is_installed()
@@ -68,7 +75,8 @@ def bank_fits(elements: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 def can_keep(size: int, device: torch.device) -> bool:
     """Whether kernels would read a kept bank of so many bytes on a device, and it takes at most `KEPT_SHARE` there."""
-    return device.type == DEVICE and size <= KEPT_SHARE * free_memory(device)
+    has_kernels = device.type == DEVICE and IS_INSTALLED and (IS_INTERPRETED or is_capable(device))
+    return has_kernels and size <= KEPT_SHARE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdconv_zoo import FDConv2d, FDLinear, drop_banks, keep_banks
+from fdconv_zoo import FDConv2d, FDConv3d, FDLinear, drop_banks, keep_banks
 from fdconv_zoo.layers.ops import triton
 from fdconv_zoo.layers.ops.triton import conv
 from tests.compare import assert_matches, randomise, relative_error
@@ -196,3 +196,12 @@ def test_compiled_for_any_batch(training):
         found = gradients_of(compiled, x)
         for value, wanted in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
             assert relative_error(value, wanted) < 1e-5
+
+
+def test_no_bank_is_kept_that_nothing_reads(monkeypatch):
+    layers = [kind(17, 3, *size, num_bands=4) for kind, size in ((FDConv2d, [1]), (FDLinear, []), (FDConv3d, [1]))]
+    layers[0].fused = layers[1].fused = False
+    assert keep_banks(torch.nn.ModuleList(layers).eval(), torch.float32) == 0
+    assert all(layer.fdw.kept_bank is None for layer in layers)
+    monkeypatch.setattr(triton, "IS_INSTALLED", False)
+    assert keep_banks(FDConv2d(17, 3, 1, num_bands=4).eval(), torch.float32) == 0
