@@ -290,7 +290,8 @@ def _warn_once() -> None:
         "a batch of one sample in training: KSM's BatchNorm, which has one value a channel and sample, normalises it "
         "by its running statistics and leaves those as they are. Where every batch is such, they never leave 0 and 1: "
         "build the layers with another norm_layer, e.g. norm_layer=functools.partial(nn.GroupNorm, 1) (ksm_norm_layer "
-        "of the zoo's models). Where only an epoch's last batch is: drop_last=True of the DataLoader. update_bn wants batches of two or more. Said once",
+        "of the zoo's models). Where only an epoch's last batch is: drop_last=True of the DataLoader. update_bn wants "
+        "batches of two or more. Said once",
         stacklevel=2,
     )
 
