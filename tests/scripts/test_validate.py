@@ -314,6 +314,10 @@ def test_checkpoints_that_do_not_fit(validate, photos, checkpoint, static_weight
     argv = [photos, "--model", STATIC, *QUICK, "--checkpoint"]
     message = error_of(validate, *argv, checkpoint, "--num-classes", 7)
     assert "other shapes (2): classifier.weight (1000, 1280) instead of (7, 1280)" in message
+    assert message.endswith(". Give --num-classes 1000")
+    argv[2] = FDCONV
+    assert error_of(validate, *argv, checkpoint, "--num-classes", 7).endswith(". Give --num-classes 1000")
+    argv[2] = STATIC
 
     save_file(static_weights | {"blocks.9.odd": torch.zeros(3)}, tmp_path / "odd.safetensors")
     assert "unexpected keys (1): blocks.9.odd" in error_of(validate, *argv, tmp_path / "odd.safetensors")
