@@ -29,12 +29,14 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of an official checkpoint, and whether it is a detector's.
 
     Raises:
-        ValueError: The file can't be read without running code in it, or is no FDConv checkpoint.
+        ValueError: There is no such file, it can't be read without running code in it, or is no FDConv checkpoint.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
         state = load_state_dict(str(path), use_ema=False)
     except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} can't be read: {error or type(error).__name__}") from error
+        raise ValueError(f"{path} can't be read: {str(error) or type(error).__name__}") from error
     if not any(key.endswith("dft_weight") for key in state):
         raise ValueError(f"{path} is no checkpoint of the official FDConv code: it has no dft_weight")
     return state, any(key.startswith("backbone.") for key in state)

@@ -62,8 +62,10 @@ def verify_folder(folder: Path) -> list[Finding]:
     """A folder of hub.mirror or of hub.publish.
 
     Raises:
-        ValueError: The folder is neither.
+        ValueError: There is no such folder, or it is neither.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     if (folder / INDEX).exists():
         findings = []
         for source in read_index(folder).values():

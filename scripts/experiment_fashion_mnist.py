@@ -80,7 +80,7 @@ EXAMPLES = """examples:
   experiment_fashion_mnist.py --variants static fdconv fdconv_official_scaling
   experiment_fashion_mnist.py --variants static fdconv condconv dyconv dcd odconv odconv_1x kw kw_4x \\
       --results-file results/fashion_mnist/methods.json                  FDConv beside the methods of its paper's tables
-  experiment_fashion_mnist.py --variants condconv dyconv dcd odconv --start drawn \\
+  experiment_fashion_mnist.py --variants condconv dyconv odconv --start drawn \\
       --results-file results/fashion_mnist/drawn.json --draw-mixed outputs/mixed    as their papers draw them, pictures
   experiment_fashion_mnist.py --seeds 0 --epochs 1 --train-images 2000 --results-file outputs/try.json
   experiment_fashion_mnist.py --variants static fdconv --lr 0.1 --results-file outputs/lr0.1.json"""

@@ -139,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tasks = args.tasks or list(protocol.tasks)
         unknown = set(tasks) - protocol.tasks.keys() | set(args.variants or ()) - protocol.variants.keys()
         if unknown:
-            raise ValueError(f"{args.config} has no {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"{args.config} has no {', '.join(sorted(unknown))}; tasks are {', '.join(protocol.tasks)}, variants "
+                f"{', '.join(protocol.variants)}"
+            )
         if args.plan:
             print_plan(protocol, args, tasks)
         elif args.report:

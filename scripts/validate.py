@@ -17,7 +17,7 @@ from timm.utils import AverageMeter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.command_line import fail
+from common.command_line import fail, use_device
 from common.demo_data import create_demo_model, create_photo_dataset
 from common.images import ReadableImages, channels_mode
 from common.inference import Accuracy, inference_loader
@@ -44,6 +44,14 @@ LAYER_OPTIONS = {*METHODS["fdconv"].options, "ksm_norm_layer", "ksm_act_layer"} 
 PREPROCESSING = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a device, which need not be the current one of its kind."""
+    if device.type == "mps":  # torch knows one only
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
 @torch.inference_mode()
 def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[str, float]:
     """Run a model over a loader.
@@ -58,7 +66,6 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
     device = torch.device(args.device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
-    synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
     # in a log file, a line a minute
     pace = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
     counted, loss = Accuracy(), AverageMeter()
@@ -67,11 +74,11 @@ def validate(model: nn.Module, loader: Any, args: argparse.Namespace) -> dict[st
         if not len(images):  # none of them could be read
             continue
         images, target = images.to(device, memory_format=memory_format), target.to(device)
-        synchronize()
+        synchronize(device)
         start = time.perf_counter()
         with autocast:
             logits = model(images).float()
-        synchronize()
+        synchronize(device)
         batches.append((len(images), time.perf_counter() - start))
         counted.update(logits, target)
         loss.update(nn.functional.cross_entropy(logits, target).item(), len(images))
@@ -163,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     huggingface_hub.logging.set_verbosity_error()
     try:
         check_args(args)
+        use_device(args.device)
         adopt_model_options(args)
         args.model = expand_names(args.model, weights_needed=not (args.checkpoint or args.demo))
         if args.checkpoint and len(args.model) > 1:

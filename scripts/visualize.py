@@ -42,7 +42,7 @@ NEEDED = "visualize.py needs matplotlib and scikit-learn: pip install matplotlib
 
 
 def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
-    """Return the title and the model that was asked for, with its weights.
+    """Return the title and the model that was asked for, with its weights; to list its layers it needs none.
 
     Raises:
         ValueError: The name, the checkpoint or the conversion does not fit.
@@ -53,15 +53,16 @@ def create_model(args: argparse.Namespace) -> tuple[str, nn.Module]:
         model = create_demo_model(name)
         model.conv_stem = FDConv2d.from_conv(model.conv_stem)
         return f"{name}, stem converted", model
-    names = expand_names([args.model], weights_needed=not args.checkpoint)
+    pretrained = not (args.checkpoint or args.list_layers)
+    names = expand_names([args.model], weights_needed=pretrained)
     if len(names) > 1:
         raise ValueError(f"--model takes one model, got {', '.join(names)}")
     checkpoint = read_checkpoint(args.checkpoint, args.use_ema) if args.checkpoint else None
     kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
     if not args.convert:
-        return names[0], build_model(names[0], checkpoint=checkpoint, **kwargs)
+        return names[0], build_model(names[0], checkpoint=checkpoint, pretrained=pretrained, **kwargs)
     # a checkpoint may be of the converted model
-    model = convert(build_model(names[0], pretrained=checkpoint is None, **kwargs), args.method or "fdconv")
+    model = convert(build_model(names[0], pretrained=pretrained, **kwargs), args.method or "fdconv")
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return f"{names[0]}, converted", model

@@ -40,3 +40,10 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def use_device(device: str | torch.device) -> None:
+    """Make one GPU of several the current one: streams, events and captures that name no device are on that one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)

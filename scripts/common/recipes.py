@@ -1,6 +1,8 @@
 """Recipe files: options of a command in yaml, under the command line and written by a run."""
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +20,16 @@ def recipe_tokens(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> li
         parser: Parser that the tokens are for.
 
     Raises:
-        ValueError: Keys that are no options; the message lists them, and those that are.
+        ValueError: Keys that are no options; the message lists them with options of almost the same name, and all
+            options if one has none.
     """
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     unknown = sorted(str(key) for key in recipe if key not in actions)
     if unknown:
-        raise ValueError(f"unknown options: {', '.join(unknown)}; there are {', '.join(sorted(actions))}")
+        close = {key: difflib.get_close_matches(key, actions, n=3, cutoff=0.75) for key in unknown}
+        told = ", ".join(f"{key} ({' or '.join(names)}?)" if names else key for key, names in close.items())
+        there = "" if all(close.values()) else f"; there are {', '.join(sorted(actions))}"
+        raise ValueError(f"unknown options: {told}{there}")
     tokens: list[str] = []
     for key, value in recipe.items():
         action = actions[key]
@@ -51,6 +57,7 @@ def parse_over_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         argv: Command line; ``None`` for the program's own.
     """
     config = parser.parse_args(argv).config
+    loaded: dict[str, Any] = {}
     recipe: list[str] = []
     if config is not None:
         try:
@@ -60,7 +67,29 @@ def parse_over_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
             recipe = recipe_tokens(loaded, parser)
         except (OSError, ValueError, yaml.YAMLError) as error:
             parser.error(f"--config {config}: {error}")
-    return parser.parse_args([*recipe, *(sys.argv[1:] if argv is None else argv)])
+    args = parser.parse_args([*recipe, *(sys.argv[1:] if argv is None else argv)])
+    if os.environ.get("RANK", "0") == "0":
+        _tell_lost(loaded, args, parser)
+    return args
+
+
+def _tell_lost(recipe: dict[str, Any], args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Print what the command line, which replaces whole options, leaves out of a recipe's options of names and values.
+
+    One with nothing after it is meant to leave out all.
+
+    Args:
+        recipe: As in its file.
+        args: What came of it and of the command line.
+        parser: That they are of.
+    """
+    for action in parser._actions:
+        if isinstance(action, timm.utils.ParseKwargs) and (found := getattr(args, action.dest)):
+            named = recipe.get(action.dest) or {}
+            lost = ", ".join(f"{key}={value}" for key, value in named.items() if str(key) not in found)
+            if lost:
+                told = f"{action.option_strings[-1]} replaces that of {args.config}, so without {lost}"
+                print(f"{told}: give it too to keep it", file=sys.stderr)
 
 
 def save_args(args: argparse.Namespace, path: Path) -> None:

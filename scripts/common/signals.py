@@ -36,10 +36,14 @@ class StopSignals:
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def any_process(self) -> int:
-        """The signal that this or another process of the run received, or 0."""
+    def any_process(self, group: dist.ProcessGroup | None = None) -> int:
+        """The signal that this or another process of the run received, or 0.
+
+        Args:
+            group: Of all processes, if the run's own does not take tensors of a CPU.
+        """
         if not dist.is_initialized():
             return self.signum
         signum = torch.tensor(self.signum)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        dist.all_reduce(signum, dist.ReduceOp.MAX, group=group)
         return int(signum)

@@ -11,6 +11,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from common.optim import classifier_names
 from fdconv_zoo import convert_static_state_dict
 from fdconv_zoo.checkpoint import describe_misfits, strip_prefixes
 from fdconv_zoo.choice import named_dynamic_layers
@@ -98,8 +99,19 @@ def fit_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[s
         state = convert_static_state_dict(rest, model) | odd
         misfits = describe_misfits(state, model)
     if misfits:
-        raise ValueError(f"the checkpoint does not fit: {misfits}")
+        classes = _other_classes(state, model)
+        advice = f". Give --num-classes {classes}" if classes else ""
+        raise ValueError(f"the checkpoint does not fit: {misfits}{advice}")
     return state
+
+
+def _other_classes(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
+    """The number of classes of weights that fit but for a classifier of others; else None."""
+    classifiers = tuple(f"{name}." for name in classifier_names(model))
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(classifiers) and key in state}
+    if not own or describe_misfits({**state, **own}, model):
+        return None
+    return len(state[next(iter(own))])
 
 
 def load_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -57,7 +57,10 @@ def read_backbone(path: Path, name: str, kwargs: Mapping[str, Any]) -> dict[str,
         model = timm.create_model(name, num_classes=0, **kwargs)
     state = strip_prefixes(read_checkpoint(path), model)
     classifier = tuple(f"{name}." for name in classifier_names(model))
-    return fit_checkpoint(model, {key: value for key, value in state.items() if not key.startswith(classifier)})
+    try:
+        return fit_checkpoint(model, {key: value for key, value in state.items() if not key.startswith(classifier)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

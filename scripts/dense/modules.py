@@ -98,7 +98,8 @@ class DenseModule(L.LightningModule):
 
     def log_score(self, name: str, value: Tensor, prog_bar: bool) -> None:
         """Log a score that all processes have computed alike."""
-        self.log(f"val/{name}", value, prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
+        # torchmetrics' mAP lies on the CPU, where Lightning would reduce it, and NCCL can't
+        self.log(f"val/{name}", value.to(self.device), prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
 
 
 class DetectionModule(DenseModule):

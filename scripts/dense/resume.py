@@ -6,13 +6,13 @@ repeated as it was.
 """
 
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -81,15 +81,20 @@ class StopAfterBatch(L.Callback):
 
     def __init__(self) -> None:
         self.stop = StopSignals()
+        self.group: dist.ProcessGroup | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning puts all handlers back in the end
         self.stop.__enter__()
+        if trainer.world_size > 1:
+            # Lightning's group is NCCL's on GPUs: to agree in it, the host would wait for the GPU after every batch
+            self.group = dist.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Raises StoppedError where a process of the run was told to stop."""
-        if trainer.strategy.reduce_boolean_decision(self.stop.signum != 0, all=False):
-            raise StoppedError(self.stop.signum or signal.SIGTERM)
+        signum = self.stop.any_process(self.group)
+        if signum:
+            raise StoppedError(signum)
 
 
 class EndOfRun(L.Callback):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from common.command_line import use_device
 from common.record import git_commit, versions, write_json
 from common.tables import markdown_table
 from gpu_checks.args import card_name
@@ -51,6 +52,7 @@ class Runner:
         device = torch.device(args.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
+        use_device(device)
         self.setup = Setup(device, args.small)
         self.end = time.monotonic() + 60 * args.minutes
         self.result: dict[str, Any] = {

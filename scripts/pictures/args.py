@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what to draw").add_argument
     add("--layer", metavar="NAME", help="dynamic layer (default: the first with FBM, or else the first)")
-    add("--list-layers", action="store_true", help="print the names of the dynamic layers and stop")
+    add("--list-layers", action="store_true", help="print the names of the dynamic layers and stop; no weights")
     add(
         "--img-size",
         type=int,

@@ -93,6 +93,8 @@ def test_mirror_folder(hub, tmp_path, capsys):
 def test_strange_folder(tmp_path, capsys):
     code, output = verdict(capsys, "--folder", str(tmp_path))
     assert code == 2 and "holds neither" in output
+    code, output = verdict(capsys, "--folder", str(tmp_path / "nope"))
+    assert code == 2 and output.endswith(f"there is no folder {tmp_path / 'nope'}\n")
 
 
 def test_dry_run(capsys):

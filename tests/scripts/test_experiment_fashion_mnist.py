@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiment_fashion_mnist import METHODS, VARIANTS, create_model, main, use_official_scaling
+from experiment_fashion_mnist import EXAMPLES, METHODS, VARIANTS, create_model, main, use_official_scaling
 from experiments.fashion_data import FILES, read_idx
 from fdconv_zoo import FDConv2d
 from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
@@ -43,6 +43,12 @@ def data(tmp_path_factory):
 
 def command(data, results, *options):
     return [*OPTIONS, "--data-dir", str(data), "--results-file", str(results), *options]
+
+
+def test_the_example_of_drawn_layers_makes_the_committed_runs():
+    (names,) = re.findall(r"--variants ([\w ]+) --start drawn", EXAMPLES)
+    runs = json.loads((SCRIPT.parents[1] / "results" / "fashion_mnist" / "drawn.json").read_text())["runs"]
+    assert sorted(names.split()) == sorted({run["variant"] for run in runs})
 
 
 def error_of(arguments):

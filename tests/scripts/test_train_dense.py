@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import lightning as L
@@ -25,6 +26,7 @@ from dense_data import (
 )
 
 from dense.args import parse_args
+from dense.modules import DetectionModule
 from train_dense import create_trainer, main
 
 CONFIGS = sorted((Path(__file__).parents[2] / "scripts" / "configs" / "dense").glob("*.yaml"))
@@ -85,6 +87,19 @@ def test_detector_trains_prints_map_and_goes_on(data, tmp_path, capsys):
     assert logged(output, "val/box_mAP").keys() == {3}  # the first epoch is not repeated
     assert first["state_dict"].keys() == second["state_dict"].keys()
     assert any(not torch.equal(first["state_dict"][name], value) for name, value in second["state_dict"].items())
+
+
+def test_scores_are_logged_on_the_device_of_the_module(data, monkeypatch):
+    """NCCL, which reduces them on GPUs, takes none of a CPU, where torchmetrics computes mAP."""
+    args = parse_args(["--head", "faster_rcnn", *SMALL, *boxes(data)])
+    module = DetectionModule(torch.nn.Identity(), torch.nn.Identity(), args).to("meta")
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **options: logged.update({name: value.device.type}))
+    monkeypatch.setattr(DetectionModule, "trainer", Namespace(world_size=1))
+    one = {"boxes": torch.tensor([[0.0, 0.0, 10.0, 10.0]]), "labels": torch.ones(1, dtype=torch.long)}
+    module.average_precision.update([{**one, "scores": torch.ones(1)}], [one])
+    module.on_validation_epoch_end()
+    assert logged == dict.fromkeys(("val/box_mAP", "val/box_mAP50", "val/box_mAP75"), "meta")
 
 
 def test_upernet_trains_and_prints_miou(data, tmp_path, capsys):

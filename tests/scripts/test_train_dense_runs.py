@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torchvision.io import write_png
 from train_runs import SCRIPTS, run, run_until
 
 import train_dense
+from common.signals import StoppedError
 from dense.args import parse_args
-from dense.resume import EpochSampler, read_progress
+from dense.resume import EpochSampler, StopAfterBatch, read_progress
 from fdconv_zoo.layers import ksm
 
 SCRIPT = SCRIPTS / "train_dense.py"
@@ -133,6 +135,27 @@ def test_two_processes_stop_by_sigterm_and_go_on_exactly(data, tmp_path):
     assert read_progress(cut / "last.ckpt") == (1, 3)
     run(*start, "--resume", processes=2, script=SCRIPT)
     assert_same_checkpoints(whole, cut)
+
+
+def test_processes_agree_on_a_stop_without_waiting_for_their_gpus(monkeypatch):
+    """In a group of gloo's, whatever backend Lightning's own has."""
+    made, told = [], []
+
+    def all_reduce(signum, operation, group):
+        signum.fill_(signal.SIGTERM)  # of the other process
+        told.append(group)
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend: made.append(backend) or f"{backend}'s")
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    trainer, stop = Namespace(world_size=2), StopAfterBatch()
+    try:
+        stop.on_train_start(trainer, None)
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            stop.on_train_batch_end(trainer)
+    finally:
+        stop.stop.__exit__()
+    assert (made, told) == (["gloo"], ["gloo's"])
 
 
 def test_resume_of_a_finished_run_changes_nothing(data, tmp_path, capsys):

@@ -177,6 +177,27 @@ def test_torchvision_datasets_and_the_warning_on_too_few_classes(validate, photo
     assert "1000 outputs, the data 19 classes" in capsys.readouterr().err
 
 
+def test_the_gpu_that_computes_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device=None: waited.append(device))
+    monkeypatch.setattr("torch.Tensor.to", lambda tensor, *args, **kwargs: tensor)
+    batch = torch.zeros(2, 3, 4, 4), torch.arange(2)
+    args = argparse.Namespace(device="cuda:1", channels_last=False, amp=False, amp_dtype="float16")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    assert importlib.import_module("validate").validate(model, [batch, batch], args)["images"] == 4
+    assert waited == [torch.device("cuda:1")] * 4
+
+
+def test_one_gpu_of_several_is_the_current_one(validate, photos, checkpoint, monkeypatch):
+    """On which streams are that name none."""
+    seen = []
+    monkeypatch.setattr("validation.args.check_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.set_device", seen.append)
+    monkeypatch.setattr("validate.prepare", lambda *args, **kwargs: {}[seen.append("prepared")])
+    error_of(validate, photos, "--model", STATIC, "--checkpoint", checkpoint, "--device", "cuda:1")
+    assert seen == [torch.device("cuda:1"), "prepared"]
+
+
 def test_averaged_weights_of_a_training_checkpoint(validate, photos, static_weights, tmp_path):
     trained = {f"module.{key}": torch.zeros_like(value) for key, value in static_weights.items()}
     torch.save(
@@ -293,6 +314,10 @@ def test_checkpoints_that_do_not_fit(validate, photos, checkpoint, static_weight
     argv = [photos, "--model", STATIC, *QUICK, "--checkpoint"]
     message = error_of(validate, *argv, checkpoint, "--num-classes", 7)
     assert "other shapes (2): classifier.weight (1000, 1280) instead of (7, 1280)" in message
+    assert message.endswith(". Give --num-classes 1000")
+    argv[2] = FDCONV
+    assert error_of(validate, *argv, checkpoint, "--num-classes", 7).endswith(". Give --num-classes 1000")
+    argv[2] = STATIC
 
     save_file(static_weights | {"blocks.9.odd": torch.zeros(3)}, tmp_path / "odd.safetensors")
     assert "unexpected keys (1): blocks.9.odd" in error_of(validate, *argv, tmp_path / "odd.safetensors")

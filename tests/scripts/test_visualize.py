@@ -141,6 +141,14 @@ def test_lists_the_layers_of_a_local_model(main, tmp_path, capsys):
     assert lines[0] == "layer1.0.conv1"
 
 
+@pytest.mark.parametrize("options", [["resnet18_fdconv"], ["resnet18.a1_in1k", "--convert"]])
+def test_lists_the_layers_without_the_weights(main, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    main(["--list-layers", "--model", *options])
+    assert len(capsys.readouterr().out.splitlines()) == 16
+
+
 def test_mistakes_are_one_line(main, checkpoint, photo, tmp_path):
     (tmp_path / "page.jpg").write_text("<html>")
     static = ["--model", STATIC, "--checkpoint", checkpoint]
@@ -172,6 +180,11 @@ def test_mistakes_are_one_line(main, checkpoint, photo, tmp_path):
         (
             ["--model", "resnet18_fdconv", "--checkpoint", checkpoint, photo],
             "the weights are another architecture's",
+        ),
+        (
+            ["--model", STATIC, "--checkpoint", checkpoint, "--convert", "--num-classes", "2", photo],
+            "The classifier only: the weights are of a model with other classes, or without a classifier. "
+            "Give --num-classes 1000",
         ),
     ):
         with pytest.raises(SystemExit) as exit_info:

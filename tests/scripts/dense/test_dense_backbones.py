@@ -44,7 +44,7 @@ def test_initial_weights_are_all_the_backbones_or_refused(tmp_path, backbone, ki
     given = [*TINY, "--backbone", backbone, "--head", "unet", "--initial-checkpoint", str(tmp_path / "initial.pth")]
     args = parse_args(given)
     if kind.startswith("of "):
-        with pytest.raises(ValueError, match="does not fit"):
+        with pytest.raises(ValueError, match=r"initial\.pth: the checkpoint does not fit"):
             create_segmenter(args, resumed=False)
         return
     found = create_segmenter(args, resumed=False)[1].eval()

@@ -170,6 +170,14 @@ def test_only_runs_what_is_asked_for_and_keep_keeps_the_rest(tmp_path):
     assert list(read(tmp_path / "x.json")["parts"]) == ["one"]
 
 
+def test_events_and_captures_are_on_the_gpu_that_is_checked(tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.append(device))
+    monkeypatch.setattr("gpu_checks.runner.card_name", lambda device: "card")
+    assert Runner(arguments(tmp_path, device="cuda:1"), {}, SCRIPT).setup.device == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+
+
 def test_a_lost_device_is_left_to_a_new_process(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))

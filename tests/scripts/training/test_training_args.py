@@ -40,7 +40,34 @@ def test_unknown_keys_are_named(tmp_path, capsys):
     recipe = write(tmp_path / "r.yaml", "batchsize: 8\nlr: 1\nmix_up: 0.1\n")
     with pytest.raises(SystemExit):
         parse_args(["--config", recipe])
-    assert "unknown options: batchsize, mix_up" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("unknown options: batchsize (batch_size?), mix_up (mixup?)\n")
+    recipe = write(tmp_path / "r.yaml", "modle: 8\nnothing_like_it: 1\n")
+    with pytest.raises(SystemExit):
+        parse_args(["--config", recipe])
+    assert "unknown options: modle (model?), nothing_like_it; there are aa, amp, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "lost"),
+    [
+        (["num_bands=16"], "ksm=False, fbm=False"),
+        (["num_bands=16", "ksm=True"], "fbm=False"),
+        (["fbm=False", "ksm=False", "num_bands=4"], ""),
+        ([], ""),  # a reset
+        (None, ""),
+    ],
+)
+def test_what_the_command_line_takes_out_of_a_recipe_is_told(tmp_path, capsys, monkeypatch, given, lost):
+    recipe = write(tmp_path / "r.yaml", "model_kwargs: {ksm: false, fbm: false}\n")
+    argv = ["--config", recipe, "--synthetic", *([] if given is None else ["--model-kwargs", *given])]
+    expected = f"--model-kwargs replaces that of {recipe}, so without {lost}: give it too to keep it\n"
+    assert parse_args(argv).model_kwargs.keys() == (
+        {"ksm", "fbm"} if given is None else {pair.partition("=")[0] for pair in given}
+    )
+    assert capsys.readouterr().err == (expected if lost else "")
+    monkeypatch.setenv("RANK", "1")  # the first process tells it
+    parse_args(argv)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
