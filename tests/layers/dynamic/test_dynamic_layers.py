@@ -342,6 +342,22 @@ def test_the_dynamic_classifier_s_size():
     assert 4_049_032 + extra == 4_278_024
 
 
+@pytest.mark.parametrize("cls", [*LAYERS, DCDClassifier])
+def test_a_layer_of_the_meta_device_is_whole_after_every_module_s_reset(cls):
+    """The recipe of FSDP2's guide."""
+    with torch.device("meta"):
+        layer = cls(24, 32) if cls is DCDClassifier else cls(24, 32, 3, padding=1)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
+    assert layer.eval()(torch.randn(3, 24) if cls is DCDClassifier else images()).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
