@@ -88,7 +88,6 @@ class KWAttention(Annealed):
             self.columns.copy_(torch.tensor(self.column_list, device="cpu"))
         return self
 
-    @torch.jit.ignore
     def train(self, mode: bool = True) -> "KWAttention":
         """The columns are made anew: averages of a model's buffers cut integers down."""
         if not self.columns.is_meta:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 import fdconv_zoo
 from fdconv_zoo.layers import FDConv2d
@@ -26,7 +27,7 @@ from fdconv_zoo.layers.dynamic import (
 from fdconv_zoo.layers.ops import mixed_conv2d
 from fdconv_zoo.layers.ops.eager import limits
 from fdconv_zoo.layers.ops.types import Geometry
-from tests.compare import relative_error
+from tests.compare import randomise, relative_error
 
 LAYERS = [CondConv2d, DYConv2d, DCDConv2d, ODConv2d, KWConv2d]
 MIXED = [CondConv2d, DYConv2d, ODConv2d, KWConv2d]
@@ -279,6 +280,37 @@ def test_temperature_neither_is_saved_nor_compiles_anew(cls):
         with pytest.raises(ValueError, match="temperature"):
             fdconv_zoo.set_temperature(layer, wrong)
     assert module.temperature == start
+
+
+@pytest.mark.parametrize("cls", ANNEALED)
+def test_an_average_of_temperatures_is_none(cls):
+    """Nor does `train` or `eval` change one that was set, or that an average has copied."""
+    layer, x = randomise(cls(24, 32, 3, padding=1)).eval(), images()
+    start, middle, end = (1, 0.5, 0) if cls is KWConv2d else (30, 15, 1)
+    fdconv_zoo.set_temperature(layer, start)
+    average, copying = AveragedModel(layer, use_buffers=True), AveragedModel(layer)
+    for value in (start, middle, end, middle):
+        fdconv_zoo.set_temperature(layer, value)
+        average.update_parameters(layer)
+        copying.update_parameters(layer)
+    fresh = cls(24, 32, 3, padding=1).eval()
+    fresh.load_state_dict(average.module.state_dict())
+    assert relative_error(average(x), fresh(x)) > 1e-3
+    assert torch.equal(copy.deepcopy(average).double().float().eval()(x), fresh(x))
+    with torch.inference_mode():
+        assert torch.equal(average.train().eval()(x), fresh(x))
+    for other in (layer, copying.module, copy.deepcopy(layer).double().float()):
+        assert other.train().eval().attention.temperature == middle
+        assert torch.equal(other(x), layer(x))
+    fdconv_zoo.set_temperature(average, middle)
+    assert torch.equal(average.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", [DYConv2d, ODConv2d])
+def test_a_scripted_layer_can_be_put_into_training_and_back(cls):
+    layer, x = randomise(cls(24, 32, 3, padding=1)).eval(), images()
+    scripted = torch.jit.script(layer)
+    assert relative_error(scripted.train().eval()(x), layer(x)) < 1e-6
 
 
 def test_what_has_no_temperature_says_so():
