@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from timm.layers import CondConv2d as TimmCondConv2d
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -238,6 +239,89 @@ def test_a_layer_of_the_meta_device_is_right_once_it_is_loaded(cls, assign):
     other.load_state_dict(layer.state_dict(), assign=assign)
     assert not any(buffer.is_meta for buffer in other.buffers())
     assert relative_error(other(x), layer(x)) < 1e-6
+
+
+def keep_elsewhere(model, how):
+    """Puts parameters in place for the forward of the module that has them alone: accelerate's way, and FSDP2's."""
+
+    def hook(module):
+        kept = {name: p.detach().clone() for name, p in module._parameters.items() if p is not None}
+
+        def put(module, _):
+            module._parameters.update({name: nn.Parameter(value.clone()) for name, value in kept.items()})
+
+        def take(module, *_):
+            for name, value in kept.items():
+                if how == "freed":
+                    module._parameters[name].data.fill_(torch.nan)
+                left = value.to("meta") if how == "offloaded" else value.flatten()[::2]
+                module._parameters[name] = nn.Parameter(left)
+
+        module.register_forward_pre_hook(put)
+        module.register_forward_hook(take)
+        take(module)
+
+    for module in model.modules():
+        hook(module)
+    return model
+
+
+@pytest.mark.parametrize("how", ["offloaded", "freed"])
+@pytest.mark.parametrize("cls", [*LAYERS, DCDClassifier])
+def test_parameters_are_read_in_the_forward_of_the_part_that_has_them(cls, how):
+    torch.manual_seed(0)
+    layer = randomise(cls(24, 32) if cls is DCDClassifier else cls(24, 32, 3, padding=1)).eval()
+    x = torch.randn(3, 24) if cls is DCDClassifier else images()
+    with torch.no_grad():
+        expected = layer(x)
+        elsewhere = keep_elsewhere(copy.deepcopy(layer), how)
+        for _ in range(2):
+            assert relative_error(elsewhere(x), expected) < 1e-6
+
+
+def layers_of_a_warehouse():
+    warehouse = Warehouse([(24, 24, 3, 3), (24, 24, 1, 1), (32, 24, 3, 3)])
+    layers = [KWConv2d(24, 24, 3, padding=1, warehouse=warehouse), KWConv2d(24, 24, 1, warehouse=warehouse)]
+    model = randomise(nn.Sequential(*layers, KWConv2d(24, 32, 3, padding=1, warehouse=warehouse))).eval()
+    fdconv_zoo.set_temperature(model, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("how", ["offloaded", "freed"])
+def test_layers_of_a_warehouse_have_the_cells_put_in_place(how):
+    model, x = layers_of_a_warehouse(), images()
+    with torch.no_grad():
+        expected = model(x)
+        elsewhere = keep_elsewhere(copy.deepcopy(model), how)
+        for _ in range(2):
+            assert relative_error(elsewhere(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["offloaded", "freed"])
+def test_cells_that_nobody_puts_in_place_are_refused(how):
+    """Those that the hooks of a block keep, which a layer in another block knows nothing of."""
+    model, x = layers_of_a_warehouse(), images()
+    cells = model[0].cells
+    model[0].cells = nn.Parameter(cells.to("meta") if how == "offloaded" else cells.flatten()[::2].detach())
+    place = "on meta" if how == "offloaded" else r"of \[\d+\] on cpu"
+    for layer in model[:2]:
+        with pytest.raises(RuntimeError, match=f"{place}, not in place for a layer that computes on cpu"):
+            layer(x)
+
+
+def test_pickles_from_before_parts_had_a_type_of_their_own():
+    for cls in (CondConv2d, ODConv2d):
+        layer, x = randomise(cls(24, 32, 3, padding=1)).eval(), images()
+        fdconv_zoo.set_temperature(layer, 5)
+        expected = layer(x)
+        if cls is CondConv2d:
+            layer.conv.__class__ = TimmCondConv2d
+        else:
+            del layer.attention._buffers["square"]
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False).train().eval()(x), expected)
 
 
 @pytest.mark.parametrize("cls", LAYERS)
