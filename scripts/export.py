@@ -23,7 +23,8 @@ from common.weights import read_checkpoint
 from exporting.args import FORMATS, check_args, parse_args
 from exporting.calibration import calibrate
 from fdconv_zoo import to_static
-from fdconv_zoo.conversion import named_fd_layers
+from fdconv_zoo.choice import named_dynamic_layers, named_fd_layers
+from fdconv_zoo.layers.dynamic import KWConv2d
 from validation.datasets import open_dataset
 
 
@@ -40,8 +41,14 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     if not (checkpoint or args.no_weights or args.features):
         check_pretrained_classes(name, kwargs["num_classes"])
     model = build_model(name, checkpoint=checkpoint, pretrained=not args.no_weights, **kwargs).eval()
+    methods = list(dict.fromkeys(layer.method for _, layer in named_dynamic_layers(model)))
     if args.static and not any(named_fd_layers(model)):
-        raise ValueError(f"{args.model} is static as it is: leave out --static")
+        reason = "is static as it is"
+        if methods:
+            reason = f"has layers of {', '.join(methods)}, and --static is for those of FDConv"
+        raise ValueError(f"{args.model} {reason}: leave out --static")
+    if KWConv2d.method in methods and args.output.suffix == ".torchscript":
+        raise ValueError(f"{args.model}: {KWConv2d.method} is not for TorchScript: export to .onnx or .pt2")
     return model
 
 

@@ -199,6 +199,14 @@ def test_images_of_32_pixels_export_or_say_what_to_do(export, tmp_path, capfd):
             ["swin_tiny_fdconv", "m.pt2", "--no-weights", "--img-size", "64", "--model-kwargs", "depths=(1,1,1,1)"],
             "takes 224 x 224 images, not 64 x 64: give --model-kwargs img_size=64",
         ),
+        (
+            ["resnet18_odconv", "m.pt2", "--no-weights", "--static"],
+            "resnet18_odconv has layers of ODConv, and --static is for those of FDConv: leave out --static",
+        ),
+        (
+            ["resnet50_kw", "m.torchscript", "--no-weights", "--model-kwargs", "layers=(1,1,1,1)"],
+            r"resnet50_kw: KernelWarehouse is not for TorchScript: export to \.onnx or \.pt2",
+        ),
         (["resnet18_fdconv", "m.pt2", "--num-classes", "3"], "no pretrained weights of 3 classes: resnet18_fdconv's"),
     ],
 )

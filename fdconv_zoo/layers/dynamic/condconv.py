@@ -8,6 +8,8 @@ https://arxiv.org/abs/1904.04971
 The experts are timm's; its layer keeps every sample's kernel for the backward pass, this one none.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import CondConv2d as TimmCondConv2d
 from timm.layers import register_notrace_module
@@ -15,6 +17,21 @@ from torch import Tensor, nn
 
 from ..ksm import Projection
 from .conv2d import DynamicConv2d, add_bias, pooled
+
+
+@register_notrace_module
+class Experts(TimmCondConv2d):
+    """The experts of timm's layer, which hands them over and convolves nothing."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """The experts (n, Cout*Cin/groups*kh*kw), and their biases (n, Cout) or None."""
+        if torch.jit.is_scripting():
+            return self.weight, self.bias
+        else:
+            if len(self._forward_hooks) > 0:
+                # What hooks into the end of a module may free its parameters there (FSDP2), before they are used.
+                return self.weight.clone(), None if self.bias is None else self.bias.clone()
+            return self.weight, self.bias
 
 
 @register_notrace_module
@@ -56,7 +73,7 @@ class CondConv2d(DynamicConv2d):
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}, but it must be at least 1")
         factory = {"device": device, "dtype": dtype}
-        self.conv = TimmCondConv2d(
+        self.conv = Experts(
             in_channels, out_channels, self.kernel_size, padding=0, groups=groups, bias=bias, num_experts=num_experts,
             **factory,
         )  # fmt: skip
@@ -114,10 +131,16 @@ class CondConv2d(DynamicConv2d):
     def _convolve(self, x: Tensor) -> Tensor:
         routing = torch.sigmoid(self.routing_fn(pooled(x)))
         channels = self.in_channels // self.groups
-        experts = self.conv.weight.view(-1, self.out_channels, channels, self.kernel_size[0], self.kernel_size[1])
+        weight, bias = self.conv()
+        experts = weight.view(-1, self.out_channels, channels, self.kernel_size[0], self.kernel_size[1])
         out = self._mix(x, routing.unsqueeze(1), experts, None)
-        bias = self.conv.bias
         return out if bias is None else add_bias(out, torch.matmul(routing, bias))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over timm's layer of pickles from before the experts had a type of their own."""
+        super().__setstate__(state)
+        if type(self.conv) is TimmCondConv2d:
+            self.conv.__class__ = Experts
 
 
 def spread(weight: Tensor, count: int) -> Tensor:

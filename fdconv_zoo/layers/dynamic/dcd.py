@@ -202,6 +202,13 @@ class DCDClassifier(nn.Module):
         self.cls_p = Projection(latent, out_features, bias=False, **factory)
         self.bn1 = nn.BatchNorm1d(latent, **factory)
         self.bn2 = nn.BatchNorm1d(latent, **factory)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws all linear maps as nn.Linear does, and sets the norms as they start."""
+        for part in (self.attention, self.cls, self.bn1, self.bn2):
+            part.reset_parameters()
         self.cls_q.draw()
         self.cls_p.draw()
 

@@ -88,7 +88,6 @@ class KWAttention(Annealed):
             self.columns.copy_(torch.tensor(self.column_list, device="cpu"))
         return self
 
-    @torch.jit.ignore
     def train(self, mode: bool = True) -> "KWAttention":
         """The columns are made anew: averages of a model's buffers cut integers down."""
         if not self.columns.is_meta:
@@ -118,8 +117,9 @@ class KWAttention(Annealed):
 class KWConv2d(DynamicConv2d):
     """Convolution with a kernel out of a warehouse, in place of nn.Conv2d.
 
-    The first layer made of a warehouse holds the cells, which the others take from it: they go where it goes.
-    TorchScript knows no such reference.
+    The first layer made of a warehouse holds the cells, which the others take from it: they go where it goes. Where
+    whoever keeps its parameters elsewhere (accelerate, FSDP2) puts them in place for its own forward alone, the others
+    call it without an input. TorchScript knows no such reference.
 
     Args:
         in_channels: As for :class:`~fdconv_zoo.layers.dynamic.conv2d.DynamicConv2d`, and so on up to `groups`.
@@ -137,6 +137,7 @@ class KWConv2d(DynamicConv2d):
 
     Raises:
         ValueError: On groups other than 1, or a layer that the warehouse was not planned for.
+        RuntimeError: The cells are not in place when the first layer is called.
     """
 
     method = "KernelWarehouse"
@@ -284,5 +285,32 @@ class KWConv2d(DynamicConv2d):
         pieces = bank[torch.tensor(self.attention.column_list)].view(kh, kw, filters // co, channels // ci, co, ci)
         return pieces.permute(2, 4, 3, 5, 0, 1).reshape(self.static_shape) / (1 + NORM_FLOOR)
 
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Convolves x: see the class for its shape. Without x, for the other layers, hands over a copy of the cells."""
+        # The cells are a parameter of this layer in checkpoints, so that the hooks which put them in place are its own.
+        return self.cells.clone() if x is None else super().forward(x)
+
+    def _cells_beside(self, x: Tensor) -> Tensor:
+        """The cells, where x is."""
+        cells = self.bank()
+        if self._first[0] is not None:
+            cells = cells if is_in_place(cells, x) else self._first[0](None)
+            if cells.device != x.device and not cells.is_meta:  # layers on several devices
+                cells = cells.to(x.device)
+        if not is_in_place(cells, x):
+            raise RuntimeError(
+                f"the cells of the warehouse, which its first layer holds, are a {type(cells).__name__} of "
+                f"{list(cells.shape)} on {cells.device}, not in place for a layer that computes on {x.device}. Load "
+                "them, if they are not; FSDP2 has to take a layer that holds cells by itself: fully_shard(layer) for "
+                "each KWConv2d whose `cells` is not None, before the blocks around them"
+            )
+        return cells
+
     def _convolve(self, x: Tensor) -> Tensor:
-        return add_bias(self._mix(x, self.attention(pooled(x)), self.bank(), None), self.bias)
+        return add_bias(self._mix(x, self.attention(pooled(x)), self._cells_beside(x), None), self.bias)
+
+
+def is_in_place(cells: Tensor, x: Tensor) -> bool:
+    """Whether cells are with x: neither elsewhere, nor a shard of FSDP2's, nor flattened or freed."""
+    is_shard = hasattr(cells, "device_mesh") and not hasattr(x, "device_mesh")
+    return not is_shard and cells.device == x.device and cells.dim() == 5

@@ -4,6 +4,7 @@ They are types of their own in place of nn.Linear and nn.Conv2d, as KSM's are: w
 not meant for the parts of a layer.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,23 +19,27 @@ from ..ops.types import Geometry
 class Annealed(nn.Module):
     """A number that a run anneals: state of the run and not of the weights, so no state dict has it.
 
-    It is a 0-dim buffer and no Python number, for which torch.compile would compile anew at each step.
+    It is a 0-dim buffer and no Python number, for which torch.compile would compile anew at each step. By its square,
+    beside it, an average of several steps' buffers is told from a number that was set or copied.
 
     Attributes:
         rest: What it is once the annealing is over, and in evaluation of loaded weights.
         highest: The largest value it may have.
         lowest: The smallest.
         temperature: The number.
+        square: Its square.
     """
 
     rest: ClassVar[float]
     lowest: ClassVar[float]
     highest: ClassVar[float]
     temperature: Tensor
+    square: Tensor
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.tensor(self.rest, device=device), persistent=False)
+        self.register_buffer("square", torch.tensor(self.rest**2, device=device), persistent=False)
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -49,11 +54,30 @@ class Annealed(nn.Module):
                 f"a temperature of {value}, but {type(self).__name__} takes {self.lowest:g} to {self.highest:g}"
             )
         self.temperature.fill_(value)
+        self.square.fill_(value**2)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Sets the number to rest (timm's and Hugging Face's protocol for what lost its buffers)."""
         self.temperature.fill_(self.rest)
+        self.square.fill_(self.rest**2)
+
+    def train(self, mode: bool = True) -> "Annealed":
+        """An average of several numbers (`AveragedModel(..., use_buffers=True)`) is none of the run's: it goes to rest.
+
+        Its weights load at rest. Averages that copy buffers, or that are given the number, keep it.
+        """
+        if self._is_average():
+            with torch.inference_mode(False):
+                self.temperature = torch.full_like(self.temperature, self.rest)
+                self.square = torch.full_like(self.square, self.rest**2)
+        return super().train(mode)
+
+    def _is_average(self) -> bool:
+        if any(type(part) is not Tensor or part.is_meta for part in (self.temperature, self.square)):
+            return False
+        # The mean of squares is above the square of the mean; single precision rounds both.
+        return not math.isclose(self.temperature.item() ** 2, self.square.item(), rel_tol=1e-6)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -63,18 +87,24 @@ class Annealed(nn.Module):
         if local_metadata.get("assign_to_params_buffers") and self.temperature.is_meta:
             given = [value for name, value in state_dict.items() if name.startswith(prefix) and not value.is_meta]
             if given:
-                self.temperature = torch.empty((), device=given[0].device)
+                self.temperature, self.square = (torch.empty((), device=given[0].device) for _ in range(2))
                 self.init_non_persistent_buffers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Annealed":
         """Moves the module; `to_empty` from the meta device leaves no number, nor does a cast round it."""
-        before = self.temperature
+        before = self.temperature, self.square
         super()._apply(fn, recurse)
-        if self.temperature.is_meta or before.is_meta:
-            self.temperature = torch.full_like(self.temperature, self.rest, dtype=torch.float32)
-        else:
-            self.temperature = before.to(self.temperature.device)
+        for name, old, rest in zip(("temperature", "square"), before, (self.rest, self.rest**2), strict=True):
+            new = getattr(self, name)
+            is_lost = new.is_meta or old.is_meta
+            setattr(self, name, torch.full_like(new, rest, dtype=torch.float32) if is_lost else old.to(new.device))
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Adds to pickles from before it was there the square of their number."""
+        super().__setstate__(state)
+        if "square" not in self._buffers:
+            self.register_buffer("square", self.temperature.square(), persistent=False)
 
 
 class Hidden(nn.Module):

@@ -7,8 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from timm.layers import CondConv2d as TimmCondConv2d
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 import fdconv_zoo
 from fdconv_zoo.layers import FDConv2d
@@ -26,7 +28,7 @@ from fdconv_zoo.layers.dynamic import (
 from fdconv_zoo.layers.ops import mixed_conv2d
 from fdconv_zoo.layers.ops.eager import limits
 from fdconv_zoo.layers.ops.types import Geometry
-from tests.compare import relative_error
+from tests.compare import randomise, relative_error
 
 LAYERS = [CondConv2d, DYConv2d, DCDConv2d, ODConv2d, KWConv2d]
 MIXED = [CondConv2d, DYConv2d, ODConv2d, KWConv2d]
@@ -239,6 +241,89 @@ def test_a_layer_of_the_meta_device_is_right_once_it_is_loaded(cls, assign):
     assert relative_error(other(x), layer(x)) < 1e-6
 
 
+def keep_elsewhere(model, how):
+    """Puts parameters in place for the forward of the module that has them alone: accelerate's way, and FSDP2's."""
+
+    def hook(module):
+        kept = {name: p.detach().clone() for name, p in module._parameters.items() if p is not None}
+
+        def put(module, _):
+            module._parameters.update({name: nn.Parameter(value.clone()) for name, value in kept.items()})
+
+        def take(module, *_):
+            for name, value in kept.items():
+                if how == "freed":
+                    module._parameters[name].data.fill_(torch.nan)
+                left = value.to("meta") if how == "offloaded" else value.flatten()[::2]
+                module._parameters[name] = nn.Parameter(left)
+
+        module.register_forward_pre_hook(put)
+        module.register_forward_hook(take)
+        take(module)
+
+    for module in model.modules():
+        hook(module)
+    return model
+
+
+@pytest.mark.parametrize("how", ["offloaded", "freed"])
+@pytest.mark.parametrize("cls", [*LAYERS, DCDClassifier])
+def test_parameters_are_read_in_the_forward_of_the_part_that_has_them(cls, how):
+    torch.manual_seed(0)
+    layer = randomise(cls(24, 32) if cls is DCDClassifier else cls(24, 32, 3, padding=1)).eval()
+    x = torch.randn(3, 24) if cls is DCDClassifier else images()
+    with torch.no_grad():
+        expected = layer(x)
+        elsewhere = keep_elsewhere(copy.deepcopy(layer), how)
+        for _ in range(2):
+            assert relative_error(elsewhere(x), expected) < 1e-6
+
+
+def layers_of_a_warehouse():
+    warehouse = Warehouse([(24, 24, 3, 3), (24, 24, 1, 1), (32, 24, 3, 3)])
+    layers = [KWConv2d(24, 24, 3, padding=1, warehouse=warehouse), KWConv2d(24, 24, 1, warehouse=warehouse)]
+    model = randomise(nn.Sequential(*layers, KWConv2d(24, 32, 3, padding=1, warehouse=warehouse))).eval()
+    fdconv_zoo.set_temperature(model, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("how", ["offloaded", "freed"])
+def test_layers_of_a_warehouse_have_the_cells_put_in_place(how):
+    model, x = layers_of_a_warehouse(), images()
+    with torch.no_grad():
+        expected = model(x)
+        elsewhere = keep_elsewhere(copy.deepcopy(model), how)
+        for _ in range(2):
+            assert relative_error(elsewhere(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["offloaded", "freed"])
+def test_cells_that_nobody_puts_in_place_are_refused(how):
+    """Those that the hooks of a block keep, which a layer in another block knows nothing of."""
+    model, x = layers_of_a_warehouse(), images()
+    cells = model[0].cells
+    model[0].cells = nn.Parameter(cells.to("meta") if how == "offloaded" else cells.flatten()[::2].detach())
+    place = "on meta" if how == "offloaded" else r"of \[\d+\] on cpu"
+    for layer in model[:2]:
+        with pytest.raises(RuntimeError, match=f"{place}, not in place for a layer that computes on cpu"):
+            layer(x)
+
+
+def test_pickles_from_before_parts_had_a_type_of_their_own():
+    for cls in (CondConv2d, ODConv2d):
+        layer, x = randomise(cls(24, 32, 3, padding=1)).eval(), images()
+        fdconv_zoo.set_temperature(layer, 5)
+        expected = layer(x)
+        if cls is CondConv2d:
+            layer.conv.__class__ = TimmCondConv2d
+        else:
+            del layer.attention._buffers["square"]
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False).train().eval()(x), expected)
+
+
 @pytest.mark.parametrize("cls", LAYERS)
 def test_export_and_compile(cls):
     layer, x = cls(24, 32, 3, padding=1).eval(), images()
@@ -279,6 +364,37 @@ def test_temperature_neither_is_saved_nor_compiles_anew(cls):
         with pytest.raises(ValueError, match="temperature"):
             fdconv_zoo.set_temperature(layer, wrong)
     assert module.temperature == start
+
+
+@pytest.mark.parametrize("cls", ANNEALED)
+def test_an_average_of_temperatures_is_none(cls):
+    """Nor does `train` or `eval` change one that was set, or that an average has copied."""
+    layer, x = randomise(cls(24, 32, 3, padding=1)).eval(), images()
+    start, middle, end = (1, 0.5, 0) if cls is KWConv2d else (30, 15, 1)
+    fdconv_zoo.set_temperature(layer, start)
+    average, copying = AveragedModel(layer, use_buffers=True), AveragedModel(layer)
+    for value in (start, middle, end, middle):
+        fdconv_zoo.set_temperature(layer, value)
+        average.update_parameters(layer)
+        copying.update_parameters(layer)
+    fresh = cls(24, 32, 3, padding=1).eval()
+    fresh.load_state_dict(average.module.state_dict())
+    assert relative_error(average(x), fresh(x)) > 1e-3
+    assert torch.equal(copy.deepcopy(average).double().float().eval()(x), fresh(x))
+    with torch.inference_mode():
+        assert torch.equal(average.train().eval()(x), fresh(x))
+    for other in (layer, copying.module, copy.deepcopy(layer).double().float()):
+        assert other.train().eval().attention.temperature == middle
+        assert torch.equal(other(x), layer(x))
+    fdconv_zoo.set_temperature(average, middle)
+    assert torch.equal(average.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", [DYConv2d, ODConv2d])
+def test_a_scripted_layer_can_be_put_into_training_and_back(cls):
+    layer, x = randomise(cls(24, 32, 3, padding=1)).eval(), images()
+    scripted = torch.jit.script(layer)
+    assert relative_error(scripted.train().eval()(x), layer(x)) < 1e-6
 
 
 def test_what_has_no_temperature_says_so():
@@ -340,6 +456,22 @@ def test_the_dynamic_classifier_s_size():
     """Of a ResNet-50: the paper's 4.3 M are 4,049,032 in the branches, and this."""
     extra = sum(p.numel() for p in DCDClassifier(2048, 1000).parameters()) - (2048 * 1000 + 1000)
     assert 4_049_032 + extra == 4_278_024
+
+
+@pytest.mark.parametrize("cls", [*LAYERS, DCDClassifier])
+def test_a_layer_of_the_meta_device_is_whole_after_every_module_s_reset(cls):
+    """The recipe of FSDP2's guide."""
+    with torch.device("meta"):
+        layer = cls(24, 32) if cls is DCDClassifier else cls(24, 32, 3, padding=1)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
+    assert layer.eval()(torch.randn(3, 24) if cls is DCDClassifier else images()).isfinite().all()
 
 
 @pytest.mark.parametrize(
