@@ -26,7 +26,7 @@ from benchmarking.models import (
 from benchmarking.picture import draw
 from benchmarking.report import Row, describe, full_table, preset_table
 from benchmarking.traffic import traffic_table
-from common.command_line import fail
+from common.command_line import fail, use_device
 from common.record import cpu_name, timestamp, versions, write_json
 from fdconv_zoo.cost import count_macs, count_parameters
 
@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         check_args(args)
+        use_device(args.device)
         plan = make_plan(args)
     except ValueError as error:
         raise fail("benchmark.py", error) from error

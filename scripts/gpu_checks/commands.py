@@ -68,6 +68,11 @@ def command_lines(root: Path, setup: Setup) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
+def card_for_children(index: int, visible: str | None) -> str:
+    """What CUDA_VISIBLE_DEVICES says for a process that is to see one card alone, given what it says in this one."""
+    return visible.split(",")[index].strip() if visible else str(index)
+
+
 def run(setup: Setup) -> Iterator[Row]:
     """A row for each command; they run at the same time."""
     with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +81,10 @@ def run(setup: Setup) -> Iterator[Row]:
         # Cards in exclusive mode aside, they share the device with this process.
         paths = [str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        if setup.on_gpu:
+            # So that "cuda", all that train_dense.py knows, is this card.
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = card_for_children(setup.device.index, visible)
         missing = [name for name in DENSE_PACKAGES if find_spec(name) is None]
         processes: dict[str, subprocess.Popen[bytes]] = {}
         start = time.monotonic()

@@ -261,3 +261,10 @@ def test_errors_of_other_shapes_and_of_numbers_that_are_none():
         assert error(torch.ones(2), one) == float("inf")
         assert not is_good({"error": error(one * float("nan"), one), "limit": 1.0})
         assert error(one * 1.5, one.double()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("index", "visible", "card"), [(0, None, "0"), (1, None, "1"), (1, "3,5", "5"), (0, "GPU-8f2, GPU-a1", "GPU-8f2")]
+)
+def test_commands_see_the_card_that_is_checked(index, visible, card):
+    assert commands.card_for_children(index, visible) == card
