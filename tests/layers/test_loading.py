@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fdconv_zoo import FDConv2d, FDLinear, convert_to_fdconv
+from fdconv_zoo.layers.dynamic import CondConv2d, DYConv2d, ODConv2d
 from tests.compare import randomise, relative_error
 
 
@@ -166,3 +167,20 @@ def test_the_static_weight_of_a_piece_of_a_vector():
     flat[1:] = layer.fdw.spectrum.grad.flatten()
     layer.fdw.spectrum.grad = flat[1:].view_as(layer.fdw.spectrum)
     assert torch.equal(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (FDConv2d, "fdw.spectrum"), (FDConv2d, "ksm.local_conv.weight"), (FDConv2d, "fbm.weight"), (FDConv2d, "bias"),
+        (CondConv2d, "conv.weight"), (DYConv2d, "kernels"), (ODConv2d, "kernels"),
+    ],
+)  # fmt: skip
+def test_a_parameter_that_is_left_on_the_meta_device_makes_no_numbers(cls, name):
+    """The dispatcher takes the fake implementation then, whose results are memory that nobody wrote."""
+    layer = cls(17, 20, 3).eval()
+    owner, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta")))
+    with pytest.raises(RuntimeError, match="meta"):
+        layer(torch.randn(2, 17, 5, 5))

@@ -4,11 +4,12 @@ Eager mode and torch.compile call the same ones; the dispatcher chooses the impl
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import bands, bank, library, mixed, triton
@@ -48,6 +49,25 @@ class Operator(NamedTuple):
     fake: Callable[..., Any]
     backward: Callable[..., Any]
     setup: Callable[..., None] | None
+
+
+def refusing_numbers(fake: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A fake implementation that raises where the dispatcher takes it for a computation.
+
+    It does for numbers beside one tensor on the meta device, a layer's parameter that was never loaded or was put
+    elsewhere: the result would be memory that nobody wrote.
+    """
+
+    @wraps(fake)
+    def checked(first: Tensor, *others: Any) -> Any:
+        if not first.is_meta and not isinstance(first, FakeTensor):
+            raise RuntimeError(
+                f"fdconv_zoo::{name} of numbers on {first.device}, but a parameter of the layer is on the meta device, "
+                "where there are none: load it, or whoever keeps it elsewhere (accelerate, FSDP) has to put it in place"
+            )
+        return fake(first, *others)
+
+    return checked
 
 
 def counted_kernel(operator: Operator) -> Callable[..., Any]:
@@ -142,7 +162,7 @@ if not hasattr(torch.ops.fdconv_zoo, "dynamic_conv2d"):
             kernels = {**kernels, "cpu": kernels.get("cuda", kernels["default"])}
         for key, kernel in kernels.items():
             torch.library.impl(full_name, key, kernel)
-        torch.library.register_fake(full_name, operator.fake)
+        torch.library.register_fake(full_name, refusing_numbers(operator.fake, name))
         torch.library.register_autograd(full_name, operator.backward, setup_context=operator.setup)
         formula = flops_of(counted_kernel(operator))
         register_flop_formula(getattr(torch.ops.fdconv_zoo, name), get_raw=True)(formula)
