@@ -27,12 +27,13 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     Returns:
         Bytes that all kept banks take. A bank that would take more than an eighth of the device's free memory is not
         kept, nor one of a layer that was made in inference mode, where nothing tells that a spectrum changed, nor one
-        that nothing would read: of `fused=False`, of FDConv3d, and where Triton's kernels do not run.
+        that nothing would read: of `fused=False`, of FDConv3d, in float64, and where Triton's kernels do not run.
 
     Raises:
         ValueError: If a layer is in training mode.
     """
     layers = [layer for _, layer in named_fd_layers(model)]
+    can_read = dtype in (torch.float32, torch.bfloat16, torch.float16)
     if any(layer.fdw.training for layer in layers):
         raise ValueError("banks are kept in eval only, where the spectrum stays as it is: call model.eval() first")
     kept = 0
@@ -40,7 +41,8 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
         fdw = layer.fdw
         fdw.drop_bank()
         size = fdw.num_bands * fdw.rows * fdw.columns * dtype.itemsize
-        if layer.reads_bank and not fdw.spectrum.is_inference() and triton.can_keep(size, fdw.spectrum.device):
+        reads = can_read and layer.reads_bank and fdw.spectrum.dtype != torch.float64
+        if reads and not fdw.spectrum.is_inference() and triton.can_keep(size, fdw.spectrum.device):
             fdw.keep_bank(dtype)
             kept += size
     return kept

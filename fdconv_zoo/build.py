@@ -73,7 +73,7 @@ class ConvertedModel(nn.Module):
             except ValueError as error:
                 raise RuntimeError(f"the state dict does not fit: {error}") from None
             own = self.state_dict()
-            on_meta = [key for key, value in state_dict.items() if value.is_meta]
+            on_meta = [key for key, value in state_dict.items() if isinstance(value, Tensor) and value.is_meta]
             if assign and 0 < len(on_meta) < len(state_dict):
                 raise RuntimeError(
                     f"{on_meta[0]} is on the meta device and would stay there, as static weights say nothing of the "

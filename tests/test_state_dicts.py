@@ -272,3 +272,10 @@ def test_static_weights_alone_do_not_bring_a_model_off_the_meta_device(method):
         model = timm.create_model(f"resnet18_{method}", num_classes=3)
     with pytest.raises(RuntimeError, match="is on the meta device and would stay there"):
         model.load_state_dict(static.state_dict(), assign=True)
+
+
+def test_what_is_no_tensor_is_an_unexpected_key():
+    static = timm.create_model("resnet18", num_classes=3)
+    model = timm.create_model("resnet18_fdconv", num_classes=3)
+    found = model.load_state_dict({**static.state_dict(), "epoch": 3}, strict=False)
+    assert found.unexpected_keys == ["epoch"]

@@ -163,8 +163,8 @@ class DynamicLayer(Entry):
 def parametrised_error(names: str) -> ValueError:
     """What to raise where parameters of these names can't be set."""
     return ValueError(
-        f"{names} is made by a parametrization, which would undo what is set: remove it first "
-        "(torch.nn.utils.parametrize.remove_parametrizations)"
+        f"{names} is made by a parametrization or a hook, which would undo what is set: remove it first "
+        "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove, remove_weight_norm)"
     )
 
 
@@ -189,11 +189,19 @@ class DynamicConvolution(DynamicLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Follows a stride, padding or dilation that is set later, a number for all dimensions or one for each."""
-        if name in ("stride", "padding", "dilation") and not isinstance(value, str):
-            value = to_ntuple(len(self.kernel_size))(value)
+        if name not in ("stride", "padding", "dilation"):
+            super().__setattr__(name, value)
+            return
+        dims = len(self.kernel_size)
+        if not isinstance(value, str):
+            value = to_ntuple(dims)(value)
+            if len(value) != dims:
+                raise ValueError(f"{name}={value}, but it is one number, or {dims}")
+        if "pads" in self.__dict__:
+            now = {**vars(self), name: value}
+            pads = explicit_pads(now["padding"], self.kernel_size, now["stride"], now["dilation"])
+            super().__setattr__("pads", pads)
         super().__setattr__(name, value)
-        if name in ("stride", "padding", "dilation") and "pads" in self.__dict__:
-            self.pads = explicit_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
     @classmethod
     def from_conv(cls, conv: nn.Module, *, weights_follow: bool = False, **kwargs: Any) -> Any:

@@ -124,6 +124,7 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialises the static weight and the bias as nn.Conv2d and nn.Linear do, and every gate at 1."""
+        self._check_gates()
         self.fdw.reset_parameters()
         self.filter_scale = None
         self._reset_bias()
@@ -148,10 +149,11 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
             self.fbm.reset_parameters()
 
     def _check_gates(self) -> None:
-        own = dict(self.named_parameters())
+        # By the objects, not by names, which wrappers of a part (torch.compile, checkpoint_wrapper) change.
         computed = [
             name for name in ZERO_AT_REST
-            if name not in own and attrgetter(name.rpartition(".")[0])(self) is not None
+            if attrgetter(name.rpartition(".")[0])(self) is not None
+            and not isinstance(attrgetter(name)(self), nn.Parameter)
         ]  # fmt: skip
         if computed:
             raise parametrised_error(", ".join(computed))

@@ -88,8 +88,8 @@ def _tell_lost(recipe: dict[str, Any], args: argparse.Namespace, parser: argpars
             named = recipe.get(action.dest) or {}
             lost = ", ".join(f"{key}={value}" for key, value in named.items() if str(key) not in found)
             if lost:
-                told = f"{action.option_strings[-1]} replaces that of {args.config}, so without {lost}"
-                print(f"{told}: give it too to keep it", file=sys.stderr)
+                told = f"{action.option_strings[-1]} replaces that of {args.config}, which had {lost}"
+                print(f"{told}: give it again to keep it", file=sys.stderr)
 
 
 def save_args(args: argparse.Namespace, path: Path) -> None:

@@ -111,7 +111,8 @@ def _other_classes(state: Mapping[str, Tensor], model: nn.Module) -> int | None:
     own = {key: value for key, value in model.state_dict().items() if key.startswith(classifiers) and key in state}
     if not own or describe_misfits({**state, **own}, model):
         return None
-    return len(state[next(iter(own))])
+    name = next(iter(own))
+    return None if len(state[name]) == len(own[name]) else len(state[name])
 
 
 def load_checkpoint(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -219,6 +219,9 @@ def test_a_stride_that_same_padding_has_no_answer_to_is_refused_later_too():
     layer = FDConv2d(17, 3, 3, padding="same")
     with pytest.raises(ValueError, match="padding='same' needs stride 1, but stride=2"):
         layer.stride = 2
+    with pytest.raises(ValueError, match="one number, or 2"):
+        layer.dilation = (1, 2, 3)
+    assert (layer.stride, layer.dilation, layer.pads) == ((1, 1), (1, 1), (1, 1, 1, 1))
 
 
 def test_a_scripted_layer_changes_its_mode():

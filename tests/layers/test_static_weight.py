@@ -422,3 +422,10 @@ def test_pruned_gates_are_not_reset_in_vain(part):
     layer.reset_modulation()
     x = torch.randn(2, 18, 5, 5)
     torch.testing.assert_close(layer(x), layer.static_twin()(x), rtol=0, atol=1e-5)
+
+
+def test_gates_of_wrapped_parts_are_reset():
+    layer = randomise(FDConv2d(18, 20, 3))
+    layer.ksm = torch.compile(layer.ksm, backend="eager")
+    layer.reset_modulation()
+    assert not layer.ksm.heads.weight.any()

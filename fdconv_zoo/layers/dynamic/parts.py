@@ -20,7 +20,8 @@ class Annealed(nn.Module):
     """A number that a run anneals: state of the run and not of the weights, so no state dict has it.
 
     It is a 0-dim buffer and no Python number, for which torch.compile would compile anew at each step. By its square,
-    beside it, an average of several steps' buffers is told from a number that was set or copied.
+    beside it, an average of several steps' buffers is told from a number that was set or copied. So it is set by
+    :meth:`set_temperature` alone: a number that is written into the buffer is taken for an average.
 
     Attributes:
         rest: What it is once the annealing is over, and in evaluation of loaded weights.
@@ -38,8 +39,10 @@ class Annealed(nn.Module):
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_buffer("temperature", torch.tensor(self.rest, device=device), persistent=False)
-        self.register_buffer("square", torch.tensor(self.rest**2, device=device), persistent=False)
+        self.register_buffer(
+            "temperature", torch.tensor(self.rest, dtype=torch.float32, device=device), persistent=False
+        )
+        self.register_buffer("square", torch.tensor(self.rest**2, dtype=torch.float32, device=device), persistent=False)
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -54,7 +57,7 @@ class Annealed(nn.Module):
                 f"a temperature of {value}, but {type(self).__name__} takes {self.lowest:g} to {self.highest:g}"
             )
         self.temperature.fill_(value)
-        self.square.fill_(value**2)
+        self.square.copy_(self.temperature.square())
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:

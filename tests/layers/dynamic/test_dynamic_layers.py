@@ -490,3 +490,13 @@ def test_a_layer_of_the_meta_device_is_whole_after_every_module_s_reset(cls):
 def test_options_out_of_range(cls, options, message):
     with pytest.raises(ValueError, match=message):
         cls(24, 32, 3, **{"padding": 1, **options})
+
+
+def test_a_temperature_stays_where_the_layer_was_built_in_half_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = ODConv2d(24, 32, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    fdconv_zoo.set_temperature(layer.float(), 29.3)
+    assert layer.train().eval().attention.temperature.item() == pytest.approx(29.3)

@@ -60,7 +60,7 @@ def test_unknown_keys_are_named(tmp_path, capsys):
 def test_what_the_command_line_takes_out_of_a_recipe_is_told(tmp_path, capsys, monkeypatch, given, lost):
     recipe = write(tmp_path / "r.yaml", "model_kwargs: {ksm: false, fbm: false}\n")
     argv = ["--config", recipe, "--synthetic", *([] if given is None else ["--model-kwargs", *given])]
-    expected = f"--model-kwargs replaces that of {recipe}, so without {lost}: give it too to keep it\n"
+    expected = f"--model-kwargs replaces that of {recipe}, which had {lost}: give it again to keep it\n"
     assert parse_args(argv).model_kwargs.keys() == (
         {"ksm", "fbm"} if given is None else {pair.partition("=")[0] for pair in given}
     )
