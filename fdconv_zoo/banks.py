@@ -33,7 +33,6 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
         ValueError: If a layer is in training mode.
     """
     layers = [layer for _, layer in named_fd_layers(model)]
-    can_read = dtype in (torch.float32, torch.bfloat16, torch.float16)
     if any(layer.fdw.training for layer in layers):
         raise ValueError("banks are kept in eval only, where the spectrum stays as it is: call model.eval() first")
     kept = 0
@@ -41,8 +40,9 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
         fdw = layer.fdw
         fdw.drop_bank()
         size = fdw.num_bands * fdw.rows * fdw.columns * dtype.itemsize
-        reads = can_read and layer.reads_bank and fdw.spectrum.dtype != torch.float64
-        if reads and not fdw.spectrum.is_inference() and triton.can_keep(size, fdw.spectrum.device):
+        exact_dtype = torch.promote_types(fdw.spectrum.dtype, torch.float32)
+        is_read = layer.reads_bank and triton.computes(fdw.spectrum.device, dtype, exact_dtype)
+        if is_read and not fdw.spectrum.is_inference() and triton.can_keep(size, fdw.spectrum.device):
             fdw.keep_bank(dtype)
             kept += size
     return kept

@@ -38,18 +38,19 @@ class BandOptions(nn.Module):
         """Moves the buffer; `to_empty` leaves its numbers, which a checkpoint may lack."""
         super()._apply(fn, recurse)
         if not self.values.is_meta:
-            self.values.copy_(torch.tensor(self.options, device="cpu"))
+            self._restore()
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Saves the numbers as they were set: averages of a model's buffers cut integers down.
+    def _restore(self) -> None:
+        # On the buffer's device: a copy from the CPU would wait for it, in every update of an average.
+        if self._as_set is None or self._as_set.device != self.values.device:
+            self._as_set = torch.tensor(self.options, device=self.values.device)
+        self.values.copy_(self._as_set)
 
-        They are copied on their device: a copy from the CPU would wait for it, in every update of an average.
-        """
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Saves the numbers as they were set: averages of a model's buffers cut integers down."""
         if not self.values.is_meta and not self.values.is_inference():
-            if self._as_set is None or self._as_set.device != self.values.device:
-                self._as_set = torch.tensor(self.options, device=self.values.device)
-            self.values.copy_(self._as_set)
+            self._restore()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

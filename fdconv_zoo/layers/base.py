@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .ops import Entry
 from .padding import explicit_pads
 
+# Of a convolution, what may be set later.
+GEOMETRY = ("stride", "padding", "dilation")
+
 
 class DynamicLayer(Entry):
     """A layer that makes a weight for each sample, in place of a static layer.
@@ -189,7 +192,7 @@ class DynamicConvolution(DynamicLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Follows a stride, padding or dilation that is set later, a number for all dimensions or one for each."""
-        if name not in ("stride", "padding", "dilation"):
+        if name not in GEOMETRY:
             super().__setattr__(name, value)
             return
         dims = len(self.kernel_size)
@@ -198,9 +201,8 @@ class DynamicConvolution(DynamicLayer):
             if len(value) != dims:
                 raise ValueError(f"{name}={value}, but it is one number, or {dims}")
         if "pads" in self.__dict__:
-            now = {**vars(self), name: value}
-            pads = explicit_pads(now["padding"], self.kernel_size, now["stride"], now["dilation"])
-            super().__setattr__("pads", pads)
+            geometry = {each: getattr(self, each) for each in GEOMETRY} | {name: value}
+            super().__setattr__("pads", explicit_pads(kernel_size=self.kernel_size, **geometry))
         super().__setattr__(name, value)
 
     @classmethod

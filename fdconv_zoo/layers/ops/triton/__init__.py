@@ -47,12 +47,17 @@ def is_capable(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def is_supported(x: Tensor, exact_dtype: torch.dtype) -> bool:
-    """Whether the kernels compute for an input, given the dtype of gates and transforms."""
-    half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if x.device.type != DEVICE or not half_or_single or exact_dtype != torch.float32:
+def computes(device: torch.device, dtype: torch.dtype, exact_dtype: torch.dtype) -> bool:
+    """Whether the kernels compute for inputs of a dtype on a device, given the dtype of gates and transforms."""
+    half_or_single = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if device.type != DEVICE or not half_or_single or exact_dtype != torch.float32:
         return False
-    return IS_INSTALLED and (IS_INTERPRETED or is_capable(x.device))
+    return IS_INSTALLED and (IS_INTERPRETED or is_capable(device))
+
+
+def is_supported(x: Tensor, exact_dtype: torch.dtype) -> bool:
+    """:func:`computes` for an input."""
+    return computes(x.device, x.dtype, exact_dtype)
 
 
 def filters(x: Tensor, mask_grid: int | None) -> bool:
@@ -74,9 +79,8 @@ def bank_fits(elements: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_keep(size: int, device: torch.device) -> bool:
-    """Whether kernels would read a kept bank of so many bytes on a device, and it takes at most `KEPT_SHARE` there."""
-    has_kernels = device.type == DEVICE and IS_INSTALLED and (IS_INTERPRETED or is_capable(device))
-    return has_kernels and size <= KEPT_SHARE * free_memory(device)
+    """Whether a kept bank of so many bytes takes at most `KEPT_SHARE` of a device's free memory."""
+    return size <= KEPT_SHARE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> int:
