@@ -28,7 +28,7 @@ def read_cells(folder: Path) -> tuple[Tensor, Tensor, list[str], str]:
     """
     table = folder / "labels.csv"
     if not table.exists():
-        raise FileNotFoundError(f"no {table}: run `pip install {WHEEL}`, or give --data-dir")
+        raise FileNotFoundError(f"no {table}: run `pip install {WHEEL}`")
     digest = hashlib.sha256(table.read_bytes())
     photos, labels, types = [], [], []
     for number, line in enumerate(table.read_text().splitlines(), start=1):

@@ -20,7 +20,6 @@ runpy.run_path({script!r}, run_name="__main__")
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        (["experiment_elpv.py", "--help"], "torchmetrics", "experiments"),
         (["experiment_fashion_mnist.py", "--help"], "torchmetrics", "experiments"),
         (["experiment_finetune.py", "--help"], "segmentation_models_pytorch", "experiments,dense"),
         (["experiment_landcover.py", "--help"], "segmentation_models_pytorch", "experiments,dense"),
