@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from common.onnx_layers import add_layers, kinds_of, layers_as_nodes
+from common.onnx_layers import add_layers, as_nodes, kinds_of
 
 Run = Callable[[Tensor], list[Tensor]]
 # Inputs that ONNX wants to be vectors, by operator; the checker lets numbers pass, ONNX Runtime too.
@@ -80,7 +80,7 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any],
             return torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False).model
 
     kinds = kinds_of(model, x, free)
-    with layers_as_nodes(model, kinds):
+    with as_nodes([(model.get_submodule(name), kind) for name, kind in kinds.items()]):
         graph = export(model, (x,), (dict(free),))
     graph.graph.inputs[0].name = "input"
     add_layers(graph, list(dict.fromkeys(kinds.values())), x.dtype, free, export)

@@ -3,6 +3,7 @@
 A layer's weight takes some hundred operations on sizes that are not known, and the exporter traces each of them three
 times; a ResNet-50 has 48 layers of 19 kinds. So the model is exported with a node for each layer, one layer of each
 kind beside it, and the nodes are replaced by what their kind came out as: the file has ONNX's own operators alone.
+FBM takes more of them than the rest of its layer and is the same for any channels, so it is a node within the layers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 
 from fdconv_zoo import FDConv2d, FDLinear
 from fdconv_zoo.conversion import named_fd_layers
+from fdconv_zoo.layers.fbm import FBM
 from fdconv_zoo.layers.ksm import is_hooked
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+Layer = FDConv2d | FDLinear | FBM
 
 DOMAIN = "fdconv_zoo.layers"
 # What every module has: tensors, parts and hooks, which are looked at by themselves, and the mode, which is eval.
@@ -29,7 +33,7 @@ Export = Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], "ir.Model"]
 
 
 class Kind(NamedTuple):
-    """Layers that are one function of input, parameters and buffers.
+    """Layers, or FBMs of layers, that are one function of input, parameters and buffers.
 
     Attributes:
         name: Of its node.
@@ -38,7 +42,7 @@ class Kind(NamedTuple):
     """
 
     name: str
-    layer: FDConv2d | FDLinear
+    layer: Layer
     shape: tuple[int, ...]
 
 
@@ -63,14 +67,16 @@ def state_of(layer: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
     return dict(layer.named_parameters(recurse=recurse)) | dict(layer.named_buffers(recurse=recurse))
 
 
-def output_shape(layer: FDConv2d | FDLinear, x: Tensor) -> tuple[Any, ...]:
+def output_shape(layer: Layer, x: Tensor) -> tuple[Any, ...]:
     """Shape of a layer's output, in sizes that may be symbols."""
+    if isinstance(layer, FBM):
+        return tuple(x.shape)
     if isinstance(layer, FDLinear):
         return *x.shape[:-1], layer.out_features
     return x.shape[0], layer.out_channels, *layer._geometry().output_size(x.shape[2], x.shape[3])
 
 
-def as_node(layer: FDConv2d | FDLinear, name: str, x: Tensor) -> Tensor:
+def as_node(layer: Layer, name: str, x: Tensor) -> Tensor:
     """A layer as one node of the graph that is exported."""
     tensors = (x, *state_of(layer).values())
     shape = output_shape(layer, x)
@@ -124,28 +130,53 @@ def facts(layer: nn.Module) -> str:
     told = []
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in USUAL}
-        tensors = [(key, t.shape, t.dtype) for key, t in state_of(module, recurse=False).items()]
+        tensors = [
+            (key, [None if i in free_channels(module, t) else n for i, n in enumerate(t.shape)], t.dtype)
+            for key, t in state_of(module, recurse=False).items()
+        ]
         told.append((name, type(module), own, tensors))
     return repr(told)
+
+
+def fbm_kinds(kinds: Iterable[Kind], free: Mapping[int, Any]) -> list[tuple[FBM, Kind]]:
+    """The kind of each FBM of layers.
+
+    Args:
+        kinds: Those of the layers.
+        free: Dimensions of the images that are free.
+    """
+    found: dict[Any, Kind] = {}
+    of_layers = []
+    for kind in kinds:
+        fbm = kind.layer.fbm
+        if type(fbm) is FBM:
+            sizes = tuple(None if i in free_sizes(fbm, 4, free) else n for i, n in enumerate(kind.shape))
+            of_layers.append((fbm, found.setdefault((sizes, facts(fbm)), Kind(f"FBM{len(found)}", fbm, kind.shape))))
+    return of_layers
 
 
 def free_sizes(layer: nn.Module, dimensions: int, free: Mapping[int, Any]) -> dict[int, Any]:
     """Dimensions of a layer's input that are free, given those of the images."""
     channels = dimensions - 1 if isinstance(layer, FDLinear) else 1
     sizes = [i for i in range(1, dimensions) if i != channels]
-    return dict.fromkeys([0] * (0 in free) + sizes * (2 in free), torch.export.Dim.AUTO)
+    places = [0] * (0 in free) + [channels] * isinstance(layer, FBM) + sizes * (2 in free)
+    return dict.fromkeys(places, torch.export.Dim.AUTO)
+
+
+def free_channels(layer: nn.Module, tensor: Tensor) -> dict[int, Any]:
+    """Dimensions of a layer's parameter that are free: the channels of an FBM's filters."""
+    return {1: torch.export.Dim.AUTO} if isinstance(layer, FBM) and tensor.dim() > 1 else {}
 
 
 @contextmanager
-def layers_as_nodes(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
-    """A model whose layers are nodes while it is exported."""
-    layers = [model.get_submodule(name) for name in kinds]
-    for layer, kind in zip(layers, kinds.values(), strict=True):
+def as_nodes(layers: Sequence[tuple[nn.Module, Kind]]) -> Iterator[None]:
+    """Layers are nodes while a model is exported."""
+    for layer, kind in layers:
         layer.forward = partial(as_node, layer, kind.name)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, _ in layers:
             del layer.forward
 
 
@@ -161,13 +192,28 @@ def add_layers(
         free: Dimensions of the images that are free.
         export: Exports a module.
     """
-    import onnx_ir as ir
     from onnx_ir.passes.common import InlinePass
+
+    inner = fbm_kinds(kinds, free)
+    with as_nodes(inner):
+        add_functions(model, kinds, dtype, free, export)
+    add_functions(model, list(dict.fromkeys(kind for _, kind in inner)), dtype, free, export)
+    InlinePass()(model)
+
+
+def add_functions(
+    model: "ir.Model", kinds: Sequence[Kind], dtype: torch.dtype, free: Mapping[int, Any], export: Export
+) -> None:
+    """Adds a function for each kind; arguments as above."""
+    import onnx_ir as ir
 
     if not kinds:
         return
     states = [list(state_of(kind.layer).values()) for kind in kinds]
-    sizes = [free_sizes(kind.layer, len(kind.shape), free) for kind in kinds], [[None] * len(state) for state in states]
+    sizes = (
+        [free_sizes(kind.layer, len(kind.shape), free) for kind in kinds],
+        [[free_channels(kind.layer, t) for t in state] for kind, state in zip(kinds, states, strict=True)],
+    )
     inputs = [torch.zeros(kind.shape, dtype=dtype) for kind in kinds]
     # All in one export: much of what one takes does not depend on what is exported.
     graph = export(AsFunctions(kinds).eval(), (inputs, states), sizes).graph
@@ -186,4 +232,3 @@ def add_layers(
                 value.shape = None
         function = ir.Function(DOMAIN, kind.name, graph=body, attributes=[])
         model.functions[function.identifier()] = function
-    InlinePass()(model)
