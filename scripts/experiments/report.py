@@ -72,8 +72,8 @@ def draw_curves(runs: Sequence[Run], metrics: Sequence[str], path: Path) -> None
             scale = 1 if key == "train_loss" else 100
             curves = [[scale * epoch[key] for epoch in run["epochs"]] for run in group]
             points = list(zip(*curves, strict=True))
-            seeds = f"{len(group)} seed{'s' if len(group) > 1 else ''}"
-            (line,) = axes.plot(epochs, [mean(point) for point in points], marker="o", label=f"{variant} ({seeds})")
+            count = f"{len(group)} run{'s' if len(group) > 1 else ''}"
+            (line,) = axes.plot(epochs, [mean(point) for point in points], marker="o", label=f"{variant} ({count})")
             axes.fill_between(epochs, [*map(min, points)], [*map(max, points)], color=line.get_color(), alpha=0.15)
         axes.set_title("training loss" if key == "train_loss" else f"test {key} (%)")
         axes.set_xlabel("epoch")
