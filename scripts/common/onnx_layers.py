@@ -28,6 +28,8 @@ Layer = FDConv2d | FDLinear | FBM
 DOMAIN = "fdconv_zoo.layers"
 # What every module has: tensors, parts and hooks, which are looked at by themselves, and the mode, which is eval.
 USUAL = vars(nn.Module()).keys()
+# Kinds that go through the exporter side by side: a pass has a cost of its own, and one that rises with its free sizes.
+TOGETHER = 4
 # Of a module with inputs and their free dimensions.
 Export = Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], "ir.Model"]
 
@@ -196,7 +198,8 @@ def add_layers(
 
     inner = fbm_kinds(kinds, free)
     with as_nodes(inner):
-        add_functions(model, kinds, dtype, free, export)
+        for i in range(0, len(kinds), TOGETHER):
+            add_functions(model, kinds[i : i + TOGETHER], dtype, free, export)
     add_functions(model, list(dict.fromkeys(kind for _, kind in inner)), dtype, free, export)
     InlinePass()(model)
 
@@ -215,7 +218,6 @@ def add_functions(
         [[free_channels(kind.layer, t) for t in state] for kind, state in zip(kinds, states, strict=True)],
     )
     inputs = [torch.zeros(kind.shape, dtype=dtype) for kind in kinds]
-    # All in one export: much of what one takes does not depend on what is exported.
     graph = export(AsFunctions(kinds).eval(), (inputs, states), sizes).graph
     places = iter(graph.inputs[len(kinds) :])
     for kind, x, state, output in zip(kinds, graph.inputs, states, graph.outputs, strict=False):

@@ -101,12 +101,12 @@ def _real_products(wave: "ndarray", signs: "ndarray") -> "ndarray":
 
 
 def chain(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
-    """Applies a chain of products to ordered coefficients (B, 2K, M) with M `others`.
+    """Applies a chain of products to ordered coefficients (B, ..., M) with M `others`, real parts beside imaginary ones.
 
     Returns:
         Samples (B, N or 2N, M).
     """
-    count, dtype = int(x.shape[1]) * others, str(x.dtype).removeprefix("torch.")
+    count, dtype = math.prod(int(n) for n in x.shape[1:]), str(x.dtype).removeprefix("torch.")
     for matrix in matrices:
         batches, rows, columns = matrix.shape
         x = x.reshape(-1, batches, columns, count // (batches * columns))
@@ -139,7 +139,7 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     width = int(index.shape[1] * tiles.shape[1])
     vertical, horizontal = inverse_dft(factors(rows)[::-1], False), inverse_dft(factors(columns), True)
     horizontal.matrices[-1] /= math.sqrt(rows * columns)
-    order = torch.tensor(vertical.order)
+    order = torch.tensor(vertical.order, device=gains.device)
 
     table = gain_table(gains, math.sqrt(0.5))
     by_tile = table.index_select(1, tiles.flatten()).reshape(-1, int(tiles.shape[0]), int(tiles.shape[1]))
@@ -147,10 +147,17 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     factor = by_tile.index_select(1, index.index_select(0, order).flatten()).reshape(-1, rows, 1, width)
     parts = spectrum.coefficients.to(gains.dtype).index_select(0, order).transpose(1, 2)
     half = F.pad(parts, [0, width - count]) * factor
-    lines = chain(half.reshape(-1, 2 * rows, width), vertical.matrices, width)
-    lines = turned(lines, 2 * rows, width).index_select(1, torch.tensor(horizontal.order))
-    lines = lines.reshape(-1, 2 * len(horizontal.order), rows)
+    lines = chain(half, vertical.matrices, width)
+    lines = turned(lines, 2 * rows, width).index_select(1, torch.tensor(horizontal.order, device=gains.device))
     return turned(chain(lines, horizontal.matrices, rows), columns, rows)
+
+
+@torch.jit.unused
+def channel_taps(padded: Tensor, num_taps: int) -> Tensor:
+    """The t windows (B, t, C) of padded channels (B, C+t-1): one operation, where slices are dozens in the file."""
+    channels = int(padded.shape[1]) - num_taps + 1
+    places = torch.tensor([i + j for i in range(num_taps) for j in range(channels)], device=padded.device)
+    return padded.index_select(1, places).reshape(-1, num_taps, channels)
 
 
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:

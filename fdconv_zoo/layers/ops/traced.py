@@ -45,7 +45,7 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     return lines_to_rows(lines, columns)
 
 
-def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
+def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int, for_onnx: bool = False) -> Tensor:
     """Logits of the dense gate, a convolution along the channel axis (Sec. 3.2, local channel branch).
 
     It is a product of a (Cout*kh, kw*t) and a (kw*t, Cin*kw) matrix, in the layout of the weight matrix. Each kernel
@@ -55,14 +55,18 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
         pooled: Normalised pooled input (B, Cin).
         weight: Convolution weight (Cout*kh*kw, 1, t).
         kernel_width: kw.
+        for_onnx: Take the taps by one operation.
 
     Returns:
         Logits (B, Cout*kh, Cin*kw).
     """
     batch, channels, num_taps = pooled.shape[0], pooled.shape[1], weight.shape[2]
     padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
-    # Slices and no unfold, which the tracing exporter to ONNX does not know, nor vmap its gradient.
-    taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
+    if for_onnx:
+        taps = onnx.channel_taps(padded, num_taps)
+    else:
+        # Slices and no unfold, whose gradient vmap does not know.
+        taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
     if kernel_width > 1:
         blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype).view(
             kernel_width, 1, 1, kernel_width
@@ -129,7 +133,7 @@ def gated_weights(
     # Optional fields are bound to names: TorchScript knows of those alone that they are not None.
     local_input, local_weight = gates.local_input, gates.local_weight
     if local_input is not None and local_weight is not None:
-        weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
+        weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw, for_onnx))
     element = element_gate(gates, kernel_size)
     weight = weight.reshape(batch, rows // kh, kh * columns)
     return weight if element is None else weight * element.unsqueeze(1)
