@@ -101,7 +101,7 @@ def _real_products(wave: "ndarray", signs: "ndarray") -> "ndarray":
 
 
 def chain(x: Tensor, matrices: "list[ndarray]", others: int) -> Tensor:
-    """Applies a chain of products to ordered coefficients (B, ..., M) with M `others`, real parts beside imaginary ones.
+    """Applies a chain of products to ordered coefficients (B, ..., M) with M `others`, real beside imaginary parts.
 
     Returns:
         Samples (B, N or 2N, M).
