@@ -10,7 +10,7 @@ from torch.export import Dim
 
 import fdconv_zoo  # noqa: F401, registers the models
 from common.onnx_file import check_onnx, open_onnxruntime, open_openvino, write_onnx
-from common.onnx_layers import kinds_of
+from common.onnx_layers import fbm_kinds, kinds_of
 from fdconv_zoo import FDConv2d
 from tests.compare import randomise, relative_error
 from tests.models.stirring import stir
@@ -86,6 +86,28 @@ def test_layers_of_the_same_parameters_that_are_not_the_same_function(free, tmp_
     # A hooked layer has none; nor has the last one, where sizes are not free, as two of them reach it.
     assert list(kinds) == [f"layers.{i}" for i in ((0, 1, 2, 3, 4, 6, 7) if free else (0, 1, 2, 3, 4, 6))]
     assert len(set(map(id, kinds.values()))) == (4 if free else 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("free", "count"), [(FREE, 2), ({}, 3)], ids=["dynamic", "fixed"])
+def test_fbm_of_any_channels_is_exported_once(free, count, tmp_path):
+    options = dict(num_bands=8, padding=1)
+    layers = [
+        FDConv2d(20, 24, 3, **options),
+        FDConv2d(24, 20, 3, stride=2, **options),
+        FDConv2d(20, 18, 3, **options),
+        FDConv2d(18, 18, 3, cutoffs=(0.3, 0.2, 0.1), **options),
+        FDConv2d(18, 18, 3, fbm=False, **options),
+    ]
+    # Norms between them: gates of numbers without bounds are steps.
+    parts = [part for layer in layers for part in (randomise(layer), nn.GroupNorm(1, layer.out_channels))]
+    model, path = nn.Sequential(*parts).eval(), tmp_path / "layers.onnx"
+    x = torch.randn(2, 20, 14, 11)
+    write_onnx(model, x, path, free)
+    compare(model, path, [(2, 20, 14, 11)] + [(1, 20, 8, 16), (3, 20, 21, 7)] * bool(free), torch.float32, 1e-5)
+    kinds = fbm_kinds(kinds_of(model, x, free).values(), free)
+    assert [fbm for fbm, _ in kinds] == [layer.fbm for layer in layers[:4]]
+    assert len({id(kind) for _, kind in kinds}) == count
 
 
 @pytest.mark.slow
