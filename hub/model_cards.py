@@ -71,9 +71,9 @@ Not verified:
 
 - **Intended use**: start of fine-tuning with FDConv, backbone of dense heads (`features_only=True`), and ImageNet
   classification as the base does it.
-- **To fine-tune, `ksm=False`**: with KSM a converted MobileNetV2 was behind the static one after some 500 updates,
-  by 3.3 points of mIoU and 0.7 of accuracy on two data sets of three; without it there was no telling them apart
-  ([experiments](docs/experiments.md)).
+- **To fine-tune FDConv, `ksm=False`**: with KSM a converted MobileNetV2 was behind the static one after some 500
+  updates, by 3.3 points of mIoU and 0.7 of accuracy on two data sets of three; without it there was no telling them
+  apart. No other network was tried, none with FBM ([experiments](docs/experiments.md)).
 - **Limits**: each sample gets weights of its own, so time and memory grow more than GMACs, which leave out everything
   elementwise and all data movement. KSM has a batch norm over pooled features: training wants at least 2 images in a
   batch. Biases and errors are those of the base and its data, and so is the licence of the weights.
