@@ -114,17 +114,47 @@ def kinds_of(model: nn.Module, x: Tensor, free: Mapping[int, Any]) -> dict[str, 
     finally:
         for hook in hooks:
             hook.remove()
+    kinds = grouped({layer: shapes[name] for name, layer in layers.items()}, free, "Layer")
+    return {name: kinds[layer] for name, layer in layers.items() if layer in kinds}
+
+
+def fbm_kinds(kinds: Iterable[Kind], free: Mapping[int, Any]) -> list[tuple[nn.Module, Kind]]:
+    """The kind of each FBM of layers, likewise.
+
+    Args:
+        kinds: Those of the layers.
+        free: Dimensions of the images that are free.
+    """
+    shapes: dict[Layer, list[tuple[int, ...]]] = {}
+    for kind in kinds:
+        if type(kind.layer.fbm) is FBM:
+            shapes.setdefault(kind.layer.fbm, []).append(kind.shape)
+    return list(grouped(shapes, free, "FBM").items())
+
+
+def grouped(
+    shapes: Mapping[Layer, Sequence[tuple[int, ...]]], free: Mapping[int, Any], name: str
+) -> dict[nn.Module, Kind]:
+    """Kinds of layers; one that inputs of several sizes reach which are not free has none.
+
+    Args:
+        shapes: Of each layer's inputs.
+        free: Dimensions of the images that are free.
+        name: What names of the nodes begin with.
+    """
     found: dict[Any, Kind] = {}
-    kinds = {}
-    for name, layer in layers.items():
-        sizes = {
-            tuple(None if i in free_sizes(layer, len(shape), free) else n for i, n in enumerate(shape))
-            for shape in shapes[name]
-        }
+    kinds: dict[nn.Module, Kind] = {}
+    for layer, seen in shapes.items():
+        sizes = {fixed(shape, free_sizes(layer, len(shape), free)) for shape in seen}
         if len(sizes) == 1:
-            kind = Kind(f"Layer{len(found)}", layer, shapes[name][0])
-            kinds[name] = found.setdefault((*sizes, facts(layer)), kind)
+            kind = Kind(f"{name}{len(found)}", layer, seen[0])
+            kinds[layer] = found.setdefault((*sizes, facts(layer)), kind)
     return kinds
+
+
+def fixed(shape: Sequence[int], free: Mapping[int, Any]) -> tuple[int | None, ...]:
+    """A shape with None for each dimension that is free."""
+    return tuple(None if i in free else n for i, n in enumerate(shape))
 
 
 def facts(layer: nn.Module) -> str:
@@ -132,29 +162,10 @@ def facts(layer: nn.Module) -> str:
     told = []
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in USUAL}
-        tensors = [
-            (key, [None if i in free_channels(module, t) else n for i, n in enumerate(t.shape)], t.dtype)
-            for key, t in state_of(module, recurse=False).items()
-        ]
+        state = state_of(module, recurse=False)
+        tensors = [(key, fixed(t.shape, free_channels(module, t)), t.dtype) for key, t in state.items()]
         told.append((name, type(module), own, tensors))
     return repr(told)
-
-
-def fbm_kinds(kinds: Iterable[Kind], free: Mapping[int, Any]) -> list[tuple[FBM, Kind]]:
-    """The kind of each FBM of layers.
-
-    Args:
-        kinds: Those of the layers.
-        free: Dimensions of the images that are free.
-    """
-    found: dict[Any, Kind] = {}
-    of_layers = []
-    for kind in kinds:
-        fbm = kind.layer.fbm
-        if type(fbm) is FBM:
-            sizes = tuple(None if i in free_sizes(fbm, 4, free) else n for i, n in enumerate(kind.shape))
-            of_layers.append((fbm, found.setdefault((sizes, facts(fbm)), Kind(f"FBM{len(found)}", fbm, kind.shape))))
-    return of_layers
 
 
 def free_sizes(layer: nn.Module, dimensions: int, free: Mapping[int, Any]) -> dict[int, Any]:
