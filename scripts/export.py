@@ -109,7 +109,7 @@ def export_file(model: nn.Module, x: Tensor, path: Path, args: argparse.Namespac
 def load_file(path: Path) -> Callable[[Tensor], list[Tensor]]:
     """Read the file back as a function from an input to outputs."""
     if path.suffix == ".onnx":
-        return open_onnxruntime(path)
+        return open_onnxruntime(path, torch.get_num_threads())
     program = torch.jit.load(path) if path.suffix == ".torchscript" else torch.export.load(path).module()
     return lambda x: as_list(program(x))
 
@@ -118,7 +118,7 @@ def load_in_runtimes(path: Path) -> dict[str, Callable[[Tensor], list[Tensor]]]:
     """The file in each runtime that reads it here: an ONNX file in OpenVINO too, where that is installed."""
     runs = {"ONNX Runtime" if path.suffix == ".onnx" else "PyTorch": load_file(path)}
     if path.suffix == ".onnx" and importlib.util.find_spec("openvino"):
-        runs["OpenVINO"] = open_openvino(path)
+        runs["OpenVINO"] = open_openvino(path, torch.get_num_threads())
     return runs
 
 

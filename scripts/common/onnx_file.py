@@ -1,15 +1,16 @@
 """ONNX files: written with their constants once, held to the standard, and opened by two runtimes."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from common.onnx_layers import add_layers, as_nodes, kinds_of
+from common.onnx_program import export_graph
 
 Run = Callable[[Tensor], list[Tensor]]
 # Inputs that ONNX wants to be vectors, by operator; the checker lets numbers pass, ONNX Runtime too.
@@ -65,20 +66,7 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any],
         LiftConstantsToInitializersPass,
     )
 
-    def export(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, ...]) -> Any:
-        with (
-            # As torch.onnx.export has it while it captures itself: layers choose by this.
-            mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True),
-            # A free size that is 1 in the example stays free.
-            torch.fx.experimental._config.patch(backed_size_oblivious=True),
-            # Fake tensors with free sizes are hardly ever met twice, and looking them up takes longer than making them.
-            torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
-        ):
-            program = torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)
-            drop_idle_casts(program.graph)
-            # Runtimes optimise the graph when they load it; PyTorch's optimiser takes time quadratic in its size.
-            return torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False).model
-
+    export = partial(export_graph, opset=opset)
     kinds = kinds_of(model, x, free)
     with as_nodes([(model.get_submodule(name), kind) for name, kind in kinds.items()]):
         graph = export(model, (x,), (dict(free),))
@@ -95,16 +83,6 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path, free: Mapping[int, Any],
         improve(graph)
     onnx_ir.save(graph, path)
     check_onnx(path)
-
-
-def drop_idle_casts(graph: fx.Graph) -> None:
-    """Takes casts to the dtype that a value has out of a captured graph: a quarter of the nodes of an FDConv layer."""
-    for node in graph.nodes:
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-        elif node.target is torch.ops.aten.to.dtype and node.args[0].meta["val"].dtype == node.args[1]:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
 
 
 def check_onnx(path: Path) -> None:

@@ -29,7 +29,7 @@ DOMAIN = "fdconv_zoo.layers"
 # What every module has: tensors, parts and hooks, which are looked at by themselves, and the mode, which is eval.
 USUAL = vars(nn.Module()).keys()
 # Kinds that go through the exporter side by side: a pass has a cost of its own, and one that rises with its free sizes.
-TOGETHER = 4
+TOGETHER = 10
 # Of a module with inputs and their free dimensions.
 Export = Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], "ir.Model"]
 

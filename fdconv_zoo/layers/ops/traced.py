@@ -68,9 +68,8 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int, for_onnx: bo
         # Slices and no unfold, whose gradient vmap does not know.
         taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
     if kernel_width > 1:
-        blocks = torch.eye(kernel_width, device=pooled.device, dtype=pooled.dtype).view(
-            kernel_width, 1, 1, kernel_width
-        )
+        columns = torch.arange(kernel_width, device=pooled.device)
+        blocks = (columns.unsqueeze(1) == columns).to(pooled.dtype).view(kernel_width, 1, 1, kernel_width)
         taps = blocks * taps.unsqueeze(1).unsqueeze(4)
         taps = taps.reshape(batch, kernel_width * num_taps, channels * kernel_width)
     return torch.matmul(weight.reshape(1, -1, kernel_width * num_taps), taps)
