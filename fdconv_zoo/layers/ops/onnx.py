@@ -129,7 +129,13 @@ def turned(x: Tensor, rows: int, columns: int) -> Tensor:
 
 @torch.jit.unused  # scripts never come here
 def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
-    """:func:`.traced.weight_matrices` for an exporter to ONNX.
+    """:func:`.traced.weight_matrices` for an exporter to ONNX."""
+    return turned(transposed_weights(spectrum, gains, columns), columns, int(spectrum.coefficients.shape[0]))
+
+
+@torch.jit.unused
+def transposed_weights(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
+    """Weight matrices as the transform leaves them, (B, C, R).
 
     What does not depend on the gains is computed from the parameters alone: a runtime does it once, when it loads.
     """
@@ -149,15 +155,7 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int) -> Tensor:
     half = F.pad(parts, [0, width - count]) * factor
     lines = chain(half, vertical.matrices, width)
     lines = turned(lines, 2 * rows, width).index_select(1, torch.tensor(horizontal.order, device=gains.device))
-    return turned(chain(lines, horizontal.matrices, rows), columns, rows)
-
-
-@torch.jit.unused
-def channel_taps(padded: Tensor, num_taps: int) -> Tensor:
-    """The t windows (B, t, C) of padded channels (B, C+t-1): one operation, where slices are dozens in the file."""
-    channels = int(padded.shape[1]) - num_taps + 1
-    places = torch.tensor([i + j for i in range(num_taps) for j in range(channels)], device=padded.device)
-    return padded.index_select(1, places).reshape(-1, num_taps, channels)
+    return chain(lines, horizontal.matrices, rows)
 
 
 def _waves(rows: Tensor, columns: Tensor, period: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..fourier import gain_table, gather_gains, lines_to_rows
 from ..low_pass import band_factors, box_low_passes, grid_low_passes, grid_sides
-from . import onnx
+from . import onnx, onnx_conv
 from .types import Gates, Geometry, Inputs, Spectrum, element_gate
 
 
@@ -45,7 +45,7 @@ def weight_matrices(spectrum: Spectrum, gains: Tensor, columns: int, for_onnx: b
     return lines_to_rows(lines, columns)
 
 
-def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int, for_onnx: bool = False) -> Tensor:
+def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
     """Logits of the dense gate, a convolution along the channel axis (Sec. 3.2, local channel branch).
 
     It is a product of a (Cout*kh, kw*t) and a (kw*t, Cin*kw) matrix, in the layout of the weight matrix. Each kernel
@@ -55,18 +55,14 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int, for_onnx: bo
         pooled: Normalised pooled input (B, Cin).
         weight: Convolution weight (Cout*kh*kw, 1, t).
         kernel_width: kw.
-        for_onnx: Take the taps by one operation.
 
     Returns:
         Logits (B, Cout*kh, Cin*kw).
     """
     batch, channels, num_taps = pooled.shape[0], pooled.shape[1], weight.shape[2]
     padded = F.pad(pooled, (num_taps // 2, num_taps // 2))
-    if for_onnx:
-        taps = onnx.channel_taps(padded, num_taps)
-    else:
-        # Slices and no unfold, whose gradient vmap does not know.
-        taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
+    # Slices and no unfold, whose gradient vmap does not know.
+    taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
     if kernel_width > 1:
         columns = torch.arange(kernel_width, device=pooled.device)
         blocks = (columns.unsqueeze(1) == columns).to(pooled.dtype).view(kernel_width, 1, 1, kernel_width)
@@ -78,17 +74,16 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int, for_onnx: bo
 def unfold(x: Tensor, geometry: Geometry) -> Tensor:
     """Patches (B, kh, C, kw, Hout, Wout) of a padded map (B, C, H, W), in the order of the weight matrix."""
     (kh, kw), stride, dilation = geometry.kernel_size, geometry.stride, geometry.dilation
-    rows: list[Tensor] = []
+    # Ends counted from the far side: a traced size is then in no doubt about what a slice holds.
+    bottom, right = x.shape[2] - (kh - 1) * dilation[0], x.shape[3] - (kw - 1) * dilation[1]
+    lines: list[Tensor] = []
     for i in range(kh):
-        # Ends counted from the far side: a traced size is then in no doubt about what a slice holds.
-        top, bottom = i * dilation[0], x.shape[2] - (kh - 1 - i) * dilation[0]
-        lines = x[:, :, top : bottom : stride[0]]
-        row: list[Tensor] = []
-        for j in range(kw):
-            left, right = j * dilation[1], x.shape[3] - (kw - 1 - j) * dilation[1]
-            row.append(lines[:, :, :, left : right : stride[1]])
-        rows.append(row[0].unsqueeze(2) if kw == 1 else torch.stack(row, dim=2))
-    return torch.stack(rows, dim=1)
+        lines.append(x[:, :, i * dilation[0] : bottom + i * dilation[0] : stride[0]])
+    rows = lines[0].unsqueeze(1) if kh == 1 else torch.stack(lines, dim=1)
+    patches: list[Tensor] = []
+    for j in range(kw):
+        patches.append(rows[:, :, :, :, j * dilation[1] : right + j * dilation[1] : stride[1]])
+    return patches[0].unsqueeze(3) if kw == 1 else torch.stack(patches, dim=3)
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -132,7 +127,7 @@ def gated_weights(
     # Optional fields are bound to names: TorchScript knows of those alone that they are not None.
     local_input, local_weight = gates.local_input, gates.local_weight
     if local_input is not None and local_weight is not None:
-        weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw, for_onnx))
+        weight = weight * torch.sigmoid(local_logits(local_input, local_weight, kw))
     element = element_gate(gates, kernel_size)
     weight = weight.reshape(batch, rows // kh, kh * columns)
     return weight if element is None else weight * element.unsqueeze(1)
@@ -141,8 +136,11 @@ def gated_weights(
 def dynamic_conv2d(inputs: Inputs, geometry: Geometry, for_onnx: bool = False) -> Tensor:
     """:func:`fdconv_zoo.layers.ops.dynamic_conv2d` without bias; `for_onnx` as in :func:`weight_matrices`."""
     x, filters = inputs.x, inputs.gates.filters
-    weight = gated_weights(inputs.gates, inputs.spectrum, geometry.kernel_size, x.shape[1], for_onnx)
-    out = convolve(x, weight.to(x.dtype), geometry)
+    if for_onnx and (geometry.kernel_size[0] == 1 or geometry.stride[0] == 1):
+        out = onnx_conv.dynamic_conv2d(inputs, geometry)
+    else:
+        weight = gated_weights(inputs.gates, inputs.spectrum, geometry.kernel_size, x.shape[1], for_onnx)
+        out = convolve(x, weight.to(x.dtype), geometry)
     if filters is not None:
         # The dense gate's factor of 2 is applied with the filter gate, where it costs least.
         out = out * (2 * filters).to(x.dtype).unsqueeze(2).unsqueeze(3)

@@ -51,13 +51,6 @@ def test_factors_leave_no_large_composite(size):
     assert max(parts) <= 16 or size in (251, 502)
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_taps_of_the_dense_gate_are_the_slices_of_other_exporters(width):
-    pooled, weight = torch.randn(3, 20), torch.randn(2 * 3 * width, 1, 5)
-    expected = traced.local_logits(pooled, weight, width)
-    assert torch.equal(traced.local_logits(pooled, weight, width, for_onnx=True), expected)
-
-
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 520), (1544, 400), (1021, 521), (12, 7)])
 def test_matrices_are_transposed_in_blocks(rows, columns):
     x = torch.arange(2 * rows * columns).view(2, rows, columns)
