@@ -1,11 +1,14 @@
 """Modules to ONNX graphs, without PyTorch's second trace where none is needed.
 
 `torch.onnx.export` captures a module and then traces what it captured once more, operation by operation, to decompose
-what has no translation: half of its time, spent on sizes that are not known. Of the operations in FDConv's layers and
-in most convolutional networks only a few have none; they are written as others that have one, which leaves nothing to
-decompose. A module with more of them goes the whole way.
+what has no translation and what works in place: half of its time, spent on sizes that are not known. Of the operations
+in FDConv's layers and in most convolutional networks only a few have none; they are written as others that have one,
+and those in place as those that are not, where no one else sees what they change. Then nothing is left to decompose. A
+module with other operations goes the whole way.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -16,11 +19,21 @@ from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 
-# Their results share no memory with their inputs. A schema does not tell: in eval mode a dropout's do, against its own.
-NEW = {aten.add.Tensor, aten.conv2d.default, aten.hardtanh.default, aten.relu.default, aten.silu.default}
+# The same values in a tensor of its own; of one dtype, if their inputs are.
+IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.hardsigmoid_.default: aten.hardsigmoid.default,
+    aten.hardswish_.default: aten.hardswish.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.relu_.default: aten.relu.default,
+    aten.sigmoid_.default: aten.sigmoid.default,
+    aten.silu_.default: aten.silu.default,
+}
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout}
-# Torch's own notes on what it captured.
-NOTES = {aten._assert_tensor_metadata.default, aten.promote_types.default}
+# PyTorch's own, about what it captured.
+REMARKS = {aten._assert_tensor_metadata.default, aten.promote_types.default}
 
 
 def export_graph(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, ...], opset: int | None) -> Any:
@@ -32,30 +45,44 @@ def export_graph(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, .
         sizes: The dimensions of each that are free, as `torch.export` takes them.
         opset: Version of ONNX's operators; None for PyTorch's choice.
     """
+    program = captured(module, inputs, sizes)
+    if rewrite(program.graph):
+        try:
+            with mock.patch.object(program, "run_decompositions", return_value=program):
+                return translated(program, opset)
+        except torch.onnx.OnnxExporterError:  # an operation without a translation; the program is half changed
+            program = captured(module, inputs, sizes)
+    return translated(program, opset)
+
+
+def captured(module: nn.Module, inputs: tuple[Any, ...], sizes: tuple[Any, ...]) -> ExportedProgram:
+    """A module as PyTorch captures it."""
     with (
         # As torch.onnx.export has it while it captures itself: layers choose by this.
         mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True),
-        # A free size that is 1 in the example stays free.
-        torch.fx.experimental._config.patch(backed_size_oblivious=True),
-        # Fake tensors with free sizes are hardly ever met twice, and looking them up takes longer than making them.
-        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
         mock.patch.object(F, "batch_norm", batch_norm),
+        tracing_options(),
     ):
-        program = torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)
-        rewrite(program.graph)
-        if not any(changes_its_input(node) for node in program.graph.nodes):
-            try:
-                with mock.patch.object(program, "run_decompositions", return_value=program):
-                    return translated(program, opset)
-            except torch.onnx.OnnxExporterError:  # an operation that has to be decomposed
-                pass
-        return translated(program, opset)
+        return torch.export.export(module, inputs, dynamic_shapes=sizes, strict=False)
 
 
 def translated(program: ExportedProgram, opset: int | None) -> Any:
     """A captured program as `onnx_ir.Model`."""
-    # Runtimes optimise the graph when they load it; PyTorch's optimiser takes time quadratic in its size.
-    return torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False).model
+    with tracing_options():
+        # Runtimes optimise the graph when they load it; PyTorch's optimiser takes time quadratic in its size.
+        return torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False).model
+
+
+@contextmanager
+def tracing_options() -> Iterator[None]:
+    """PyTorch's settings while it traces."""
+    with (
+        # A free size that is 1 in the example stays free.
+        torch.fx.experimental._config.patch(backed_size_oblivious=True),
+        # Fake tensors with free sizes are hardly ever met twice, and looking them up takes longer than making them.
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
+    ):
+        yield
 
 
 def batch_norm(
@@ -79,10 +106,17 @@ def batch_norm(
     )
 
 
-def rewrite(graph: fx.Graph) -> None:
-    """Writes operations of a captured graph that have no translation as others of the same values that have one."""
+def rewrite(graph: fx.Graph) -> bool:
+    """Writes operations of a captured graph that have no translation, or work in place, as others of the same values.
+
+    Returns:
+        Whether it did, and left none in place. Otherwise the graph is as it was: no copy may be left out where a tensor
+        changes later.
+    """
+    if not all(map(is_unseen, filter(is_in_place, graph.nodes))):
+        return False
     for node in graph.nodes:
-        if node.target in NOTES and not node.users:
+        if node.target in REMARKS and not node.users:
             graph.erase_node(node)
         elif node.target in CASTS and node.meta["val"].dtype != node.args[0].meta["val"].dtype:
             node.target, node.kwargs = aten._to_copy.default, {"dtype": node.meta["val"].dtype}
@@ -90,9 +124,31 @@ def rewrite(graph: fx.Graph) -> None:
         elif node.target in CASTS or node.target == aten.detach_.default:
             drop(node)
         elif node.target == aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
-            node.target, node.args = aten.mean.dim, (node.args[0], [2, 3], True)
-        elif changes_its_input(node):
-            change_a_copy(node)
+            node.target, node.args = aten.mean.dim, (node.args[0], [-2, -1], True)
+        elif node.target in IN_PLACE:
+            node.target = IN_PLACE[node.target]
+    return True
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether an operation changes a tensor that it is given; detaching one does not."""
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    return is_operator and node.target._schema.is_mutable and node.target != aten.detach_.default
+
+
+def is_unseen(node: fx.Node) -> bool:
+    """Whether an operation in place may as well make a tensor of its own.
+
+    It may where what it changes was made by an operation that shares no memory, for this one alone, and where all
+    inputs have one dtype: in place a result keeps its dtype, whatever is added.
+    """
+    changed = node.args[0]
+    if node.target not in IN_PLACE or list(changed.users) != [node]:
+        return False
+    # A list, as schemas do not tell: a dropout's promises a new tensor, and in eval mode it is its input.
+    new = {aten.conv2d.default, torch.ops.onnx_symbolic._symbolic.default, *IN_PLACE, *IN_PLACE.values()}
+    dtypes = {value.dtype for value in (n.meta.get("val") for n in node.all_input_nodes) if isinstance(value, Tensor)}
+    return changed.target in new and len(dtypes) == 1
 
 
 def drop(node: fx.Node) -> None:
@@ -102,21 +158,3 @@ def drop(node: fx.Node) -> None:
     else:
         node.replace_all_uses_with(node.args[0])
         node.graph.erase_node(node)
-
-
-def changes_its_input(node: fx.Node) -> bool:
-    """Whether an operation works in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def change_a_copy(node: fx.Node) -> None:
-    """An operation in place as the one that is not, where nobody else sees the tensor that it changes."""
-    changed = node.args[0]
-    if changed.target not in NEW and changed.target != torch.ops.onnx_symbolic._symbolic.default:
-        return
-    name, _, overload = node.target.__name__.partition(".")
-    operator = getattr(aten, name.removesuffix("_"), None)
-    # In place a result keeps its dtype, whatever is added.
-    dtypes = {value.dtype for value in (n.meta.get("val") for n in node.all_input_nodes) if isinstance(value, Tensor)}
-    if list(changed.users) == [node] and len(dtypes) == 1 and operator and overload in operator.overloads():
-        node.target = getattr(operator, overload)

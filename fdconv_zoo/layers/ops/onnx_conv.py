@@ -62,7 +62,7 @@ def taps(pooled: Tensor, count: int, kw: int) -> Tensor:
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Convolves each sample of x (B, Cin, H, W) with its transposed weight (B, Cin*kw, Cout*kh)."""
     (kh, kw), (left, right, top, bottom) = geometry.kernel_size, geometry.padding
-    (down, across), (apart, aside) = geometry.stride, geometry.dilation
+    (down, across), (dh, dw) = geometry.stride, geometry.dilation
     inner, rows = int(weight.shape[1]), int(weight.shape[2])
     if kh == 1:
         x, top, bottom = padded(x, [0, 0, top, bottom]), 0, 0
@@ -72,18 +72,18 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     patches = x.unsqueeze(2)
     if kw * across > 1:
         # Ends counted from the far side: a traced size is then in no doubt about what a slice holds.
-        end = x.shape[3] - (kw - 1) * aside
-        patches = torch.stack([x[:, :, :, j * aside : end + j * aside : across] for j in range(kw)], dim=2)
+        end = x.shape[3] - (kw - 1) * dw
+        patches = torch.stack([x[:, :, :, j * dw : end + j * dw : across] for j in range(kw)], dim=2)
     height, width = patches.shape[3], patches.shape[4]
     made = torch.matmul(weight.transpose(1, 2), patches.reshape(-1, inner, height * width))
     # What lies beyond the map adds nothing: rows are padded here, where they are fewer.
     made = padded(made.reshape(-1, rows // kh, kh, height, width), [0, 0, top, bottom])
     if kh == 1:
         return made.squeeze(2)
-    last = made.shape[3] - (kh - 1) * apart
+    last = made.shape[3] - (kh - 1) * dh
     out = made[:, :, 0, :last]
     for i in range(1, kh):
-        out = out + made[:, :, i, i * apart : last + i * apart]
+        out = out + made[:, :, i, i * dh : last + i * dh]
     return out
 
 

@@ -96,16 +96,53 @@ def test_same_numbers(then, once, tmp_path):
     assert (open_onnxruntime(path, 1)(x)[0] - model(x)).abs().max() < 1e-2
 
 
+def copied_by_a_cast(net, x):
+    y = net.conv(x)
+    z = y.to(torch.float32, copy=True)
+    z.mul_(2)
+    return y + z
+
+
+def copied_by_a_layout(net, x):
+    y = net.conv(x)
+    z = y.to(memory_format=torch.channels_last)
+    z.mul_(2)
+    return y + z
+
+
+def of_another_dtype(net, x):
+    return net.conv(x).gt_(0).sum((2, 3))
+
+
+def powers(net, x):
+    return net.conv(x).pow_(2)
+
+
+def an_argument(net, x):
+    y = net.conv(x).mean((2, 3))
+    return y + torch.arange(8, out=torch.empty(8))
+
+
 @torch.no_grad()
-def test_what_is_changed_in_place_and_seen_elsewhere_takes_the_whole_way(tmp_path):
-    for then in (seen_by_two, of_the_input):
-        model, path = randomise(Net(then)).eval(), tmp_path / "m.onnx"
-        assert not exported(model, path)
-        x = torch.randn(2, 3, 12, 12)
-        wanted = model(x.clone())
-        outputs = zip(open_onnxruntime(path, 1)(x), [wanted] if torch.is_tensor(wanted) else wanted, strict=True)
-        for output, expected in outputs:
-            assert relative_error(output, expected) < 1e-5
+@pytest.mark.parametrize(
+    "then", [seen_by_two, of_the_input, copied_by_a_cast, copied_by_a_layout, of_another_dtype, powers, an_argument]
+)
+def test_other_operations_in_place_take_the_whole_way(then, tmp_path):
+    model, path = randomise(Net(then)).eval(), tmp_path / "m.onnx"
+    assert not exported(model, path)
+    x = torch.randn(2, 3, 12, 12)
+    wanted = model(x.clone())
+    outputs = zip(open_onnxruntime(path, 1)(x), [wanted] if torch.is_tensor(wanted) else wanted, strict=True)
+    for output, expected in outputs:
+        assert output.dtype == expected.dtype
+        assert relative_error(output, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_pool_of_a_map_without_a_batch(tmp_path):
+    model, path = randomise(Net(lambda net, x: F.adaptive_avg_pool2d(net.conv(x)[0], 1))).eval(), tmp_path / "m.onnx"
+    assert exported(model, path, {})
+    compare(model, path, [(2, 3, 12, 12)])
 
 
 @torch.no_grad()
