@@ -1,9 +1,9 @@
 """FDConv layers of one kind go through PyTorch's exporter to ONNX once.
 
-A layer's weight takes some hundred operations on sizes that are not known, and the exporter traces each of them three
-times; a ResNet-50 has 48 layers of 19 kinds. So the model is exported with a node for each layer, one layer of each
-kind beside it, and the nodes are replaced by what their kind came out as: the file has ONNX's own operators alone.
-FBM takes more of them than the rest of its layer and is the same for any channels, so it is a node within the layers.
+A layer's weight takes some hundred operations on sizes that are not known, and the exporter goes through each of them
+several times; a ResNet-50 has 48 layers of 19 kinds. So the model is exported with a node for each layer, one layer of
+each kind beside it, and the nodes are replaced by what their kind came out as: the file has ONNX's own operators alone.
+FBM takes about as many as the rest of its layer and is the same for any channels, so it is a node within the layers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -64,6 +64,7 @@ def local_logits(pooled: Tensor, weight: Tensor, kernel_width: int) -> Tensor:
     # Slices and no unfold, whose gradient vmap does not know.
     taps = torch.stack([padded.narrow(1, i, channels) for i in range(num_taps)], dim=1)
     if kernel_width > 1:
+        # An identity that exporters to ONNX have a translation for, unlike torch.eye.
         columns = torch.arange(kernel_width, device=pooled.device)
         blocks = (columns.unsqueeze(1) == columns).to(pooled.dtype).view(kernel_width, 1, 1, kernel_width)
         taps = blocks * taps.unsqueeze(1).unsqueeze(4)
