@@ -132,6 +132,10 @@ def test_other_operations_in_place_take_the_whole_way(then, tmp_path):
     assert not exported(model, path)
     x = torch.randn(2, 3, 12, 12)
     wanted = model(x.clone())
+    if then is of_the_input:
+        decomposed = torch.export.export(model, (x,)).run_decompositions().module()
+        if relative_error(decomposed(x), wanted) > 1e-5:
+            pytest.skip("this PyTorch's own decompositions lose what a dropout's output shares (up to 2.11 at least)")
     outputs = zip(open_onnxruntime(path, 1)(x), [wanted] if torch.is_tensor(wanted) else wanted, strict=True)
     for output, expected in outputs:
         assert output.dtype == expected.dtype
