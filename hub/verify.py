@@ -153,7 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     except PretrainedError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     except Exception as error:  # a listing or a config that can't be read; the Hub's errors differ by version
-        parser.exit(2, f"{parser.prog}: {redact(f'{type(error).__name__}: {error}')}\n")
+        # Our own say what is wrong; others often make no sense without their type.
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        parser.exit(2, f"{parser.prog}: {redact(reason)}\n")
     for finding in findings:
         print(f"{'ok ' if finding.good else 'BAD'}  {finding.name}: {finding.text}")
     bad = sum(not finding.good for finding in findings)

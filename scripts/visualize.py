@@ -10,12 +10,13 @@ from typing import Any
 import huggingface_hub
 import torch
 from timm.data import create_transform
+from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 
 from common.command_line import fail
 from common.demo_data import DEMO_DEFAULTS, PhotoReader, create_demo_model
 from common.gates import GATE_STD, move_gates
-from common.images import load_image
+from common.images import channels_mode, load_image
 from common.models import build_model, check_image_size, expand_names
 from common.record import versions
 from common.run_options import adopt_model_options, resolve_preprocessing
@@ -76,22 +77,24 @@ def read_photos(paths: Sequence[Path], config: dict[str, Any]) -> tuple[Tensor, 
         config: Preprocessing, as timm's loader takes it.
 
     Returns:
-        Input of the model (B, 3, H, W), and the same as a picture, values in [0, 1].
+        Input of the model (B, C, H, W), and the same as a picture, values in [0, 1].
 
     Raises:
         ValueError: A file is no image.
         UnusableImagesError: Its pixels have no known range.
     """
-    transform = create_transform(**config)
+    channels = config["input_size"][0]
+    # As timm's loader has it for grey images: the mean of three numbers.
+    mean, std = (adapt_to_chs(config[key], channels) for key in ("mean", "std"))
+    transform, mode = create_transform(**{**config, "mean": mean, "std": std}), channels_mode(channels)
     inputs = []
     for path in paths:
         try:
-            inputs.append(transform(load_image(str(path), "RGB")))
+            inputs.append(transform(load_image(str(path), mode)))
         except OSError as error:
             raise ValueError(f"cannot read photo {error}") from error
     batch = torch.stack(inputs)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    return batch, (batch * std + mean).clamp(0, 1)
+    return batch, (batch * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
 
 
 def visualize(
@@ -111,7 +114,9 @@ def visualize(
 
     if not isinstance(layers[layer_name], Layer):
         return visualize_method(title, layer_name, layers, args)
-    config = resolve_preprocessing(model, {"img_size": args.img_size}, args.checkpoint)
+    config = resolve_preprocessing(
+        model, {"img_size": args.img_size}, args.checkpoint, channels=args.model_kwargs.get("in_chans")
+    )
     batch, photos = read_photos(args.photos, config)
     check_image_size(model, tuple(batch.shape[2:]))
     inputs, layer = LayerInputs(layer_name), layers[layer_name]

@@ -90,7 +90,7 @@ def photo_pictures(
         layer: The layer to draw.
         name: Its name in the model.
         inputs: What it and the other layers saw.
-        photos: As the model sees them (B, 3, H, W), values in [0, 1].
+        photos: As the model sees them (B, 3, H, W) or grey (B, 1, H, W), values in [0, 1].
         titles: Their names.
     """
     yield Picture(

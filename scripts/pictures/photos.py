@@ -161,7 +161,7 @@ def draw_bands(photo: Tensor, fbm: FBM, x: Tensor) -> Figure:
     """Draw a photo, the bands of a feature map and the modulation map of each.
 
     Args:
-        photo: As the model sees it, (3, H, W) in [0, 1].
+        photo: As the model sees it, (3, H, W) or grey (1, H, W), in [0, 1].
         fbm: FBM of the layer.
         x: The layer's input (C, H, W).
     """
@@ -171,7 +171,7 @@ def draw_bands(photo: Tensor, fbm: FBM, x: Tensor) -> Figure:
     names = band_names(fbm)
     figure = Figure(figsize=(3.1 * (len(names) + 1), 5.6))
     axes = figure.subplots(2, len(names) + 1)
-    axes[0, 0].imshow(photo.permute(1, 2, 0).numpy())
+    axes[0, 0].imshow(photo.expand(3, -1, -1).permute(1, 2, 0).numpy())
     axes[0, 0].set_title("photo, as the model sees it")
     _draw_map(axes[1, 0], rms(x), f"input of the layer, {x.shape[0]} channels")
     norm = CenteredNorm(1, gate_range(maps))

@@ -132,6 +132,21 @@ def test_converted_model_is_said_to_rest(main, checkpoint, photo, tmp_path, caps
     assert f"{photo.name}, {photo.name}, at 160 x 160" in html
 
 
+def test_a_grey_photo(main, photo, tmp_path, capsys):
+    """A model of one channel, whose usual mean and deviation are of three."""
+    torch.manual_seed(0)
+    kwargs = {"in_chans": 1, "num_classes": 4}
+    save_file(timm.create_model("resnet18_fdconv", **kwargs).state_dict(), tmp_path / "one.safetensors")
+    argv = ["--model", "resnet18_fdconv", "--checkpoint", tmp_path / "one.safetensors", "--img-size", 64, photo]
+    options = [f"{key}={value}" for key, value in kwargs.items()]
+    main([*map(str, argv), "--output", str(tmp_path / "page"), "--device", "cpu", "--model-kwargs", *options])
+    with Image.open(tmp_path / "page/bands_1.png") as image:
+        # The upper left panel.
+        red, green, blue = image.convert("RGB").crop((40, 60, 240, 260)).split()
+    assert ImageStat.Stat(red).stddev[0] > 30
+    assert red.tobytes() == green.tobytes() == blue.tobytes()
+
+
 def test_lists_the_layers_of_a_local_model(main, tmp_path, capsys):
     model = timm.create_model("resnet18_fdconv", num_classes=3)
     timm.models.save_for_hf(model, tmp_path)
