@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .ops import can_launch
@@ -216,8 +217,10 @@ class KSM(nn.Module):
         hidden = projected[:, :, None, None]
         if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
             hidden = self._normalise_lone(hidden)
-        else:
+        elif torch.jit.is_scripting():
             hidden = self.norm(hidden)
+        else:
+            hidden = normalise(self.norm, hidden)
         return 2 * torch.sigmoid(self.heads(self.act(hidden).flatten(1)))
 
     @torch.jit.unused
@@ -260,14 +263,26 @@ class KSM(nn.Module):
         return normalise_lone(self.norm, hidden)
 
 
+def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """The hidden map normalised, in the dtype of BatchNorm's statistics where its parameters have another.
+
+    FSDP2's mixed precision casts parameters and no buffers, and PyTorch's BatchNorm takes one dtype for both.
+    """
+    mean, weight = getattr(norm, "running_mean", None), getattr(norm, "weight", None)
+    if mean is None or weight is None or mean.dtype == weight.dtype or is_hooked(norm):
+        return norm(hidden)
+    parameters = {name: parameter.to(mean.dtype) for name, parameter in norm.named_parameters()}
+    return functional_call(norm, parameters, hidden.to(mean.dtype))
+
+
 def normalise_lone(norm: nn.Module, hidden: Tensor) -> Tensor:
     """The hidden map (1, A, 1, 1) normalised: a single sample has no statistics, so by BatchNorm's running ones."""
     if not isinstance(norm, _BatchNorm) or norm.running_mean is None or is_synchronised(norm):
-        return norm(hidden)
+        return normalise(norm, hidden)
     warn_of_lone_sample()
     norm.training = False
     try:
-        return norm(hidden)
+        return normalise(norm, hidden)
     finally:
         norm.training = True
 

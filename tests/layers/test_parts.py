@@ -112,6 +112,31 @@ def test_dynamic_quantisation_takes_the_layers_beside_and_leaves_ours(make, shap
 
 
 @on_layers
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.filterwarnings("ignore:a batch of one")
+def test_parameters_in_bfloat16_and_statistics_in_single_precision(make, shape, training, batch):
+    """As FSDP2's mixed precision casts them: the gradients too come in the parameters' dtype."""
+    layer = randomise(make()).train(training)
+    x = torch.randn(batch, *shape[1:]).bfloat16()
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    exact = copy.deepcopy(layer).float()
+    expected = exact(x.float())
+    expected.sum().backward()
+    output = layer(x)
+    assert output.dtype == torch.bfloat16
+    assert relative_error(output.float(), expected) < 2e-2
+    output.float().sum().backward()
+    for own, other in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert own.grad.dtype == torch.bfloat16
+        assert relative_error(own.grad.float(), other.grad) < 0.1
+    for name, buffer in exact.named_buffers():
+        if "running" in name:
+            assert relative_error(layer.get_buffer(name), buffer) < 1e-2
+
+
+@on_layers
 @torch.no_grad()
 def test_parameters_may_be_away_but_in_the_forward_of_their_module(make, shape):
     """As accelerate offloads them, and FSDP2 frees their memory."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ksm import Projection, normalise_lone
+from ..ksm import Projection, normalise, normalise_lone
 from ..ops.types import Geometry
 
 
@@ -150,8 +150,10 @@ class Hidden(nn.Module):
         hidden = self.fc(pooled)[:, :, None, None]
         if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
             hidden = self._normalise_lone(hidden)
-        else:
+        elif torch.jit.is_scripting():
             hidden = self.norm(hidden)
+        else:
+            hidden = normalise(self.norm, hidden)
         return F.relu(hidden).flatten(1)
 
     @torch.jit.unused

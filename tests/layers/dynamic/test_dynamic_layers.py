@@ -266,6 +266,21 @@ def keep_elsewhere(model, how):
     return model
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cls", MIXED)
+def test_parameters_in_bfloat16_and_statistics_in_single_precision(cls, training):
+    """As FSDP2's mixed precision casts them. DCD's norms are of maps: as a network's own, they want to be left out."""
+    torch.manual_seed(0)
+    layer, x = randomise(cls(24, 32, 3, padding=1)).train(training), images().bfloat16()
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    expected, output = copy.deepcopy(layer).float()(x.float()), layer(x)
+    assert output.dtype == torch.bfloat16
+    assert relative_error(output.float(), expected) < 3e-2
+    output.float().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("how", ["offloaded", "freed"])
 @pytest.mark.parametrize("cls", [*LAYERS, DCDClassifier])
 def test_parameters_are_read_in_the_forward_of_the_part_that_has_them(cls, how):
