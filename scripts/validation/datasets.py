@@ -17,6 +17,7 @@ from timm.data import (
 from timm.data.readers.class_map import load_class_map
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
 
 from common.image_folders import ENDINGS, FolderReader, describe_named, find_split_or_root
 from common.images import ImageSet, load_image
@@ -44,8 +45,13 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, mode: str, tell: bo
     reader = getattr(dataset, "reader", None)
     if args.class_map and reader is None:
         raise ValueError("torch/ datasets take no --class-map")
-    labels = _class_numbers(dataset)
-    numbers, source = _known_numbers(args, model, labels) if reader else (None, "")
+    labels = found = _class_numbers(dataset)
+    numbers, source = _known_numbers(args, model, labels)
+    if not reader and type(dataset) is not ImageFolder:
+        # torchvision's other sets have numbers of their own, and mostly other names for the same classes.
+        if numbers is not None and numbers.keys() >= labels.keys() and labels.items() - numbers.items():
+            raise ValueError(f"{args.dataset} numbers its classes otherwise than {source}")
+        numbers = None
     if numbers is not None and labels:
         if unknown := sorted(labels.keys() - numbers.keys()):
             raise ValueError(
@@ -54,7 +60,10 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, mode: str, tell: bo
             )
         labels = numbers
     if numbers is not None and numbers != _class_numbers(dataset):
-        dataset = open_numbered(numbers)
+        if reader:
+            dataset = open_numbered(numbers)
+        else:
+            dataset.target_transform = [numbers[name] for name in dataset.classes].__getitem__
     if labels and max(labels.values()) >= model.num_classes:
         raise ValueError(
             f"{len(labels)} classes in the data, {model.num_classes} outputs of the model: "
@@ -64,7 +73,7 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, mode: str, tell: bo
         print(
             dataset.reader.describe()
             if isinstance(reader, FolderReader)
-            else describe_named(args.split or "validation", dataset, labels),
+            else describe_named(args.split or "validation", dataset, found),
             file=sys.stderr,
         )
         if numbers is None and labels and len(labels) < model.num_classes:

@@ -168,13 +168,13 @@ def test_tar_files_and_class_maps(validate, photos, checkpoint, tmp_path):
     assert (row["top1"], row["top5"]) == (90.0, 100.0)
 
 
-def test_torchvision_datasets_and_the_warning_on_too_few_classes(validate, photos, checkpoint, tmp_path, capsys):
+def test_torchvision_datasets_and_their_synsets(validate, photos, checkpoint, tmp_path, capsys):
     (row,) = results(
         validate, tmp_path, photos, "--dataset", "torch/image_folder", "--split", "val", "--model", STATIC,
         "--checkpoint", checkpoint,
     )  # fmt: skip
-    assert row["images"] == 20
-    assert "1000 outputs, the data 19 classes" in capsys.readouterr().err
+    assert (row["images"], row["top1"]) == (20, 90.0)
+    assert "val: 20 images, 19 classes\n" in capsys.readouterr().err
 
 
 def test_the_gpu_that_computes_is_waited_for(monkeypatch):

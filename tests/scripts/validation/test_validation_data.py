@@ -3,12 +3,14 @@
 import csv
 import json
 import tarfile
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 from image_files import write_images, write_sixteen_bits
 from safetensors.torch import save, save_file
+from torchvision.datasets import FakeData
 
 from tests.fakehub import FakeHub, as_endpoint
 from validate import main
@@ -54,6 +56,39 @@ def test_classes_without_images_do_not_shift_the_others(tmp_path, run, capsys):
     (run / "classes.txt").unlink()
     assert measure(data, run)["top1"] == 0  # cow is taken for the second output
     assert "3 outputs, the data 2 classes" in capsys.readouterr().err
+
+
+def test_torchvision_s_folders_have_the_numbers_of_the_run(tmp_path, run):
+    data = write_images(tmp_path / "data", "val/bee", "val/cow", count=3)
+    named = ["--dataset", "torch/image_folder"]
+    row = measure(data, run, *named)
+    assert (row["top1"], row["images"]) == (50.0, 6)
+    # In the order of numbers, where torchvision has that of letters.
+    (run / "classes.txt").write_text("1\n2\n10\n")
+    data = write_images(tmp_path / "numbers", "val/1", "val/2", "val/10", "val/10", count=2)
+    assert measure(data, run, *named)["top1"] == pytest.approx(100 / 3)
+    by_folder = measure(data, run)
+    by_name = measure(data, run, "--dataset", "torch/folder")
+    assert by_name["loss"] == pytest.approx(by_folder["loss"])
+    (run / "classes.txt").write_text("1\n2\n3\n")
+    with pytest.raises(SystemExit, match=r"1 classes of the data are not in .*classes\.txt: 10"):
+        measure(data, run, *named)
+
+
+def test_torchvision_s_other_sets_keep_their_numbers_or_are_refused(tmp_path, run, monkeypatch):
+    class Three(FakeData):
+        classes = NAMES
+        class_to_idx: ClassVar = {name: index for index, name in enumerate(NAMES)}
+
+    data = Three(6, (3, 32, 32), 3, transform=None)
+    monkeypatch.setattr("validation.datasets.create_dataset", lambda *_, **__: data)
+    named = ["--dataset", "torch/three"]
+    assert measure(tmp_path, run, *named)["images"] == 6
+    (run / "classes.txt").write_text("cow\nbee\nant\n")
+    with pytest.raises(SystemExit, match=r"torch/three numbers its classes otherwise than .*classes\.txt"):
+        measure(tmp_path, run, *named)
+    (run / "classes.txt").write_text("n01440764\nn01443537\nn01484850\n")  # other names for the same, perhaps
+    assert measure(tmp_path, run, *named)["images"] == 6
 
 
 def test_a_published_model_has_the_numbers_of_its_label_names(tmp_path, run, capsys):
