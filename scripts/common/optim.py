@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from common.training_recipe import Recipe
 from fdconv_zoo import modulation_parameters
+from fdconv_zoo.choice import named_dynamic_layers
 
 # What optimisers count in their groups, beside what options set there.
 COUNTERS = ("lookahead_step", "step")
@@ -32,6 +33,19 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the model's classifier modules, of which some timm models have two."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of parameters that are not decayed beside biases and norms: what any of the model's parts says of its own
+    (timm's `no_weight_decay`), and biases that have another name because a layer has several.
+    """
+    names = {
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        for own in getattr(module, "no_weight_decay", set)()
+    }
+    biases = (f"{name}.{layer.held[1]}" if name else layer.held[1] for name, layer in named_dynamic_layers(model))
+    return names.union(biases)
 
 
 def parameter_groups(
@@ -57,7 +71,7 @@ def parameter_groups(
         modulation_lr_scale: Factor of the modulation's rate; ``None`` for 1.
         modulation_weight_decay: Decay of the modulation's matrices; ``None`` for ``weight_decay``.
     """
-    exceptions = getattr(model, "no_weight_decay", set)()
+    exceptions = undecayed(model)
     if layer_decay is None:
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exceptions)
     else:

@@ -16,6 +16,8 @@ SCHEDULE = (
     "epochs", "lr", "lr_base", "lr_base_size", "lr_base_scale", "sched", "warmup_epochs", "warmup_lr", "min_lr",
     "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "temperature", "temperature_epochs",
 )  # fmt: skip
+# Schedules of timm's that come to an end, after which epochs of a cool-down follow.
+ENDING = ("cosine", "tanh", "poly", "wsd", "rsqrt")
 
 
 def _option(meaning: str, *flags: str, **argument: Any) -> dict[str, Any]:
@@ -109,7 +111,9 @@ class Recipe:
         default_factory=lambda: [90, 180, 270], metadata=_option("of multistep", type=int, nargs="+")
     )
     decay_rate: float = field(default=0.1, metadata=_option("factor of each step", type=float))
-    cooldown_epochs: int = field(default=0, metadata=_option("epochs at --min-lr after the schedule", type=int))
+    cooldown_epochs: int = field(
+        default=0, metadata=_option("epochs at --min-lr after a schedule that ends there", type=int)
+    )
 
     # None by default: older results files know nothing of it.
     temperature: list[float] | None = field(
@@ -133,6 +137,11 @@ class Recipe:
             raise ValueError("temperature and temperature_epochs go together")
         if self.temperature_epochs is not None and self.temperature_epochs <= 0:
             raise ValueError(f"temperature_epochs is {self.temperature_epochs}, it must be above 0")
+        if self.cooldown_epochs and self.sched not in ENDING:
+            raise ValueError(
+                f"cooldown_epochs is {self.cooldown_epochs}, but the schedule {self.sched} has no end for them to come "
+                f"after, as {', '.join(ENDING)} have: add them to the epochs"
+            )
         # Weights load at the last temperature: a run that ends at another saves another function than it measures.
         if self.temperature_epochs is not None and self.temperature_epochs > self.epochs + self.cooldown_epochs:
             raise ValueError(

@@ -47,10 +47,6 @@ class MaskDinoModel(nn.Module):
         super().__init__()
         self.backbone, self.head, self.criterion = backbone, MaskDino(config), MaskDinoLoss(config)
 
-    def no_weight_decay(self) -> set[str]:
-        """Returns the head's embeddings, which are not decayed."""
-        return {f"head.{name}" for name in self.head.no_weight_decay()}
-
     def terms(self, images: Tensor, targets: list[Target]) -> dict[str, Tensor]:
         """Returns the unweighted losses for images (B, 3, H, W)."""
         noised = noise_targets(targets, self.head.config)

@@ -9,14 +9,14 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
-from common.optim import scaled_learning_rate
+from common.optim import scaled_learning_rate, undecayed
 from fdconv_zoo import modulation_parameters
 
 
 def parameter_groups(
     model: nn.Module, backbone: nn.Module, weight_decay: float, lr: float, static_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """timm's groups (no decay for biases, norms and what the model names), each with its rate.
+    """timm's groups (no decay for biases, norms and what the model's parts name), each with its rate.
 
     Args:
         model: Backbone and head.
@@ -28,8 +28,7 @@ def parameter_groups(
     modulation = {id(parameter) for _, parameter in modulation_parameters(backbone)}
     inherited = {id(parameter) for parameter in backbone.parameters()} - modulation
     groups: list[dict[str, Any]] = []
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt):
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed(model)):
         old = [parameter for parameter in group["params"] if id(parameter) in inherited]
         new = [parameter for parameter in group["params"] if id(parameter) not in inherited]
         for members, scale in ((new, 1.0), (old, static_lr_scale)):

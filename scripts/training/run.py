@@ -132,17 +132,19 @@ class Run(Trainer):
         advice = "try a lower --lr, more --warmup-epochs, --clip-grad, or --amp-dtype bfloat16"
         return f"{f'{state} is from before; ' if state.exists() else ''}{advice}"
 
+    def _rate(self) -> float:
+        """The learning rate, which groups have times their `lr_scale`."""
+        return max(group["lr"] / (group.get("lr_scale") or 1) for group in self.optimizer.param_groups)
+
     def _report(self, share: float) -> None:
         loss = self._mean_loss()
         if self.log is not None:
-            # Groups differ by lr_scale: the unscaled rate is the largest.
-            lr = max(group["lr"] for group in self.optimizer.param_groups)
             self.log.train(
                 epoch=self.progress.epoch,
                 share=share,
                 update=self.progress.updates,
                 loss=loss,
-                lr=lr,
+                lr=self._rate(),
                 images_per_update=self.images_per_update,
             )
 
@@ -170,9 +172,8 @@ class Run(Trainer):
             if better:
                 last = "last_ema.safetensors" if self.task.has_ema() else "last.safetensors"
                 copy_weights(self.args.output / last, self.args.output / BEST_FILE)
-            lr = max(group["lr"] for group in self.optimizer.param_groups)
             train = {"loss": progress.loss_sum / max(progress.epoch_updates, 1)}
-            self.log.epoch(progress.epoch, update=progress.updates, train=train, val=metrics, lr=lr)
+            self.log.epoch(progress.epoch, update=progress.updates, train=train, val=metrics, lr=self._rate())
 
     def _report_corrupt_images(self) -> None:
         reports = gather(self.train_loader.corrupt_images())

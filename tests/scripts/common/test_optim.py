@@ -1,12 +1,17 @@
 """Rates: scaling with the batch, and parameter groups."""
 
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import pytest
 import timm
+from torch import nn
 
-import fdconv_zoo  # noqa: F401  (registers the models)
+import fdconv_zoo
 from common.optim import create_optimizer, create_schedule, parameter_groups, scaled_learning_rate
 from common.training_recipe import Recipe
 from training.args import parse_args
+from training.run import Run
 
 
 @pytest.mark.parametrize(("scale", "rate"), [("linear", 0.4), ("sqrt", 0.2)])
@@ -57,6 +62,52 @@ def test_modulation_has_a_rate_and_a_decay_of_its_own(model):
 def test_without_scales_the_groups_are_timms(model):
     assert {rate for rate, _ in rates(model).values()} == {1}
     assert len(parameter_groups(model, weight_decay=0.05)) == 2
+
+
+def decays(model, **options):
+    groups = parameter_groups(model, weight_decay=0.1, **options)
+    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_decay": 0.7}], ids=str)
+def test_no_part_s_own_exceptions_are_decayed(options):
+    """A network within another, as feature extractors and detectors hold one; biases of which a layer has several."""
+    swin = timm.create_model("swin_tiny_fdconv", img_size=32, window_size=2, depths=(1, 1, 1, 1), embed_dim=24)
+    if not options:  # timm's layer groups are for whole models
+        swin = nn.Sequential(OrderedDict(backbone=swin))
+    found = decays(swin, **options)
+    tables = [decay for name, decay in found.items() if name.endswith("relative_position_bias_table")]
+    assert tables == [0] * 4
+    assert {decay for name, decay in found.items() if name.endswith("attn.qkv.weight")} == {0.1}
+
+
+def test_biases_of_several_kernels_are_not_decayed():
+    found = decays(nn.Sequential(fdconv_zoo.convert(nn.Conv2d(24, 32, 3), "dyconv")))
+    assert found["0.biases"] == 0 and found["0.kernels"] == 0.1
+    lone = decays(fdconv_zoo.convert(nn.Conv2d(24, 32, 3), "dyconv"))
+    assert lone["biases"] == 0
+
+
+@pytest.mark.parametrize("sched", ["step", "multistep", "constant"])
+def test_no_cooldown_after_a_schedule_without_an_end(sched):
+    """timm would leave the epochs out."""
+    with pytest.raises(ValueError, match=f"cooldown_epochs is 2, but the schedule {sched} has no end"):
+        Recipe(epochs=4, sched=sched, cooldown_epochs=2)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "wsd", "rsqrt"])
+def test_cooldown_is_part_of_the_run(model, sched):
+    recipe = Recipe(epochs=4, sched=sched, warmup_epochs=1, cooldown_epochs=2)
+    assert create_schedule(create_optimizer(model, recipe, 8), recipe, updates_per_epoch=3)[1] == 6
+
+
+def test_the_rate_that_is_logged_is_without_the_groups_scales(model):
+    recipe = Recipe(lr=0.01, modulation_lr_scale=10.0, static_lr_scale=0.1, warmup_epochs=0)
+    optimizer = create_optimizer(model, recipe, 8)
+    create_schedule(optimizer, recipe, updates_per_epoch=3)
+    assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(0.1)
+    assert Run._rate(SimpleNamespace(optimizer=optimizer)) == pytest.approx(0.01)
 
 
 def test_layer_decay_multiplies_the_scale(model):
