@@ -17,8 +17,9 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     """Makes and keeps the banks of a model's layers on GPUs, for passes without gradients; others are left as they are.
 
     A layer uses its bank for inputs of that dtype, which under autocast is autocast's. It gives the bank up when it is
-    trained, moved, cast or loaded, and does not use it once its spectrum has changed in place; a change through `.data`
-    is not noticed, nor is any by a captured CUDA graph: call this again then. Banks are not saved.
+    trained, moved, cast or loaded, or records a gradient for its spectrum, as an update may follow that nothing tells
+    of (fused optimisers'); and it does not use the bank once its spectrum has changed in place. A change through
+    `.data` is not noticed, nor is any by a captured CUDA graph: call this again then. Banks are not saved.
 
     Args:
         model: Model in eval mode, or a lone layer.

@@ -4,10 +4,11 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, http
 MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018, https://arxiv.org/abs/1801.04381
 """
 
+from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
-from timm.models._efficientnet_builder import decode_arch_def
+from timm.models._efficientnet_builder import decode_arch_def, resolve_bn_args
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
@@ -60,5 +61,8 @@ def mobilenetv2_100_fdconv(pretrained: bool = False, **kwargs: Any) -> FDConvMob
         ["ir_r3_k3_s2_e6_c160"],
         ["ir_r1_k3_s1_e6_c320"],
     ]
-    model_args = dict(block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, act_layer=nn.ReLU6)
+    norm_layer = kwargs.pop("norm_layer", None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs))
+    model_args = dict(
+        block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, act_layer=nn.ReLU6, norm_layer=norm_layer
+    )
     return _create_fdconv_mobilenet("mobilenetv2_100_fdconv", pretrained, **dict(model_args, **kwargs))

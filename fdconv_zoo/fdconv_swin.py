@@ -4,7 +4,11 @@ Paper: Frequency Dynamic Convolution for Dense Image Prediction, CVPR 2025, http
 Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, https://arxiv.org/abs/2103.14030
 
 Patch embedding, attention, patch merging and head stay static. The paper gives +3M parameters for Swin-T and no
-details; KSM's reduction of 1/32 gives +3.23M. With `features_only=True` any input size works, for dense heads.
+details; KSM's reduction of 1/32 gives +3.23M.
+
+With `features_only=True` any input size works, and maps are (B, C, H, W), for dense heads. Windows are shifted in every
+second block then, as in dense Swins: timm's classifier leaves that out in a stage of one window, the last one at the
+size of its pretraining. `always_partition=False` leaves it out too, at any size.
 """
 
 from functools import partial

@@ -105,12 +105,14 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
         that share a spectrum have gates of their own, and become layers with a weight each.
 
     Raises:
-        ValueError: If there is no FDConv layer, or `batches` is empty.
+        ValueError: If there is no FDConv layer, or `batches` is empty, a tensor itself, or of something else.
     """
     layers = {layer: MeanWeight(layer) for _, layer in named_fd_layers(model)}
     try:
         if not layers:
             raise ValueError(f"{type(model).__name__} has no FDConv layer")
+        if isinstance(batches, Tensor):
+            raise ValueError("batches is a tensor, but it is to hold tensors, a batch each: [x] for one batch")
         if batches is not None:
             _run(model, batches)
     finally:
@@ -137,6 +139,9 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> None:
     try:
         for batch in batches:
             images = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(images, Tensor):
+                found = type(batch).__name__ + (f" of {type(images).__name__}" if images is not batch else "")
+                raise ValueError(f"batches gives a {found}, not a tensor, or a tuple or list that begins with one")
             model(images.to(device))
             count += len(images)
     finally:

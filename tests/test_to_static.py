@@ -161,4 +161,11 @@ def test_mistakes_are_told():
     layer = FDConv2d(18, 20, 3)
     with pytest.raises(ValueError, match="batches is empty"):
         to_static(layer, [])
+    x = torch.randn(2, 18, 5, 5)
+    with pytest.raises(ValueError, match=r"batches is a tensor.*\[x\]"):
+        to_static(layer, x)
+    with pytest.raises(ValueError, match="batches gives a dict, not a tensor"):
+        to_static(layer, [{"image": x}])
+    with pytest.raises(ValueError, match="batches gives a tuple of dict, not a tensor"):
+        to_static(layer, [({"image": x}, 0)])
     assert not layer.ksm._forward_hooks and not layer.fbm._forward_hooks

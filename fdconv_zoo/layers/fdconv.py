@@ -72,8 +72,8 @@ class _FDLayer(HasStaticWeight, DynamicLayer):
         has_options: bool,
         ksm: bool,
         fbm: bool,
-        norm_layer: Callable[..., nn.Module],
-        act_layer: Callable[..., nn.Module],
+        norm_layer: str | Callable[..., nn.Module],
+        act_layer: str | Callable[..., nn.Module],
         recompute: bool,
         fused: bool,
         init_weights: bool,
@@ -247,8 +247,9 @@ class FDConv2d(_FDLayer, DynamicConvolution):
             its order of coefficients of equal radius.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
         fbm: False leaves out FBM.
-        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
-        act_layer: Activation in KSM.
+        norm_layer: Normalisation in KSM, or timm's name of it. BatchNorm takes its running statistics for a batch of
+            one in training.
+        act_layer: Activation in KSM, or timm's name of it.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
         init_weights: False leaves static weight and bias to be set.
@@ -281,8 +282,8 @@ class FDConv2d(_FDLayer, DynamicConvolution):
         mask_grid: int | None = None,
         ksm: bool = True,
         fbm: bool = True,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        act_layer: Callable[..., nn.Module] = StarReLU,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: str | Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
         fused: bool = True,
         init_weights: bool = True,
@@ -353,8 +354,9 @@ class FDLinear(_FDLayer):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of KSM's hidden channels to Cin; at least 16 are kept.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
-        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
-        act_layer: Activation in KSM.
+        norm_layer: Normalisation in KSM, or timm's name of it. BatchNorm takes its running statistics for a batch of
+            one in training.
+        act_layer: Activation in KSM, or timm's name of it.
         recompute: Makes each sample's weight again in the backward pass instead of keeping it.
         fused: False computes on a GPU as elsewhere, with PyTorch's operations instead of Triton's kernels.
         init_weights: False leaves static weight and bias to be set.
@@ -379,8 +381,8 @@ class FDLinear(_FDLayer):
         num_bands: int = 64,
         reduction: float = 1 / 16,
         ksm: bool = True,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        act_layer: Callable[..., nn.Module] = StarReLU,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: str | Callable[..., nn.Module] = StarReLU,
         recompute: bool = True,
         fused: bool = True,
         init_weights: bool = True,

@@ -31,8 +31,9 @@ class FDConvNd(_FDLayer, DynamicConvolution):
         cutoffs: FBM's band limits in cycles per sample, falling. Used where the kernel is larger than 1.
         ksm: False leaves out the gates of KSM and keeps the gains of the frequency groups.
         fbm: False leaves out FBM.
-        norm_layer: Normalisation in KSM. BatchNorm takes its running statistics for a batch of one in training.
-        act_layer: Activation in KSM.
+        norm_layer: Normalisation in KSM, or timm's name of it. BatchNorm takes its running statistics for a batch of
+            one in training.
+        act_layer: Activation in KSM, or timm's name of it.
         init_weights: False leaves static weight and bias to be set.
         gain_maps: Gain maps of other layers, to copy this one's from or to add it to: a map takes long to make.
         device: Device of the parameters.
@@ -59,8 +60,8 @@ class FDConvNd(_FDLayer, DynamicConvolution):
         cutoffs: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16),
         ksm: bool = True,
         fbm: bool = True,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        act_layer: Callable[..., nn.Module] = StarReLU,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: str | Callable[..., nn.Module] = StarReLU,
         init_weights: bool = True,
         gain_maps: GainMaps | None = None,
         device: torch.device | str | None = None,

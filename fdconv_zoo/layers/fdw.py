@@ -193,7 +193,8 @@ class FDW(nn.Module):
         """Makes the groups' weights now, for the passes without gradients that follow.
 
         They are n times the weight's elements in `dtype`, are used for inputs of that dtype only, and are given up when
-        the layer is trained, moved, cast or loaded. Where the spectrum changes in place they are not used.
+        the layer is trained, moved, cast or loaded, or a pass records a gradient for the spectrum. Where the spectrum
+        changes in place they are not used.
         """
         gain_map = GainMap(self.gain_index, self.gain_tiles)
         with torch.inference_mode(False), torch.no_grad():
@@ -211,6 +212,8 @@ class FDW(nn.Module):
         if kept is None or kept.source is not self.spectrum:
             return None, -1
         if torch.is_grad_enabled() and self.spectrum.requires_grad:
+            # What follows may be an update by a fused optimiser, which leaves the parameter's version as it is.
+            self.drop_bank()
             return None, -1
         return kept.weights, kept.version
 

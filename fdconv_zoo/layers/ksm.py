@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -121,6 +122,25 @@ def star_values(act: nn.Module) -> tuple[float, float]:
     return act.scale.item(), act.bias.item()
 
 
+def named_layer(
+    option: str, layer: str | Callable[..., nn.Module], find: Callable[[str], Callable[..., nn.Module] | None]
+) -> Callable[..., nn.Module]:
+    """What makes a normalisation or an activation: given itself, or by timm's name of it.
+
+    Raises:
+        ValueError: timm has none of the name.
+    """
+    if not isinstance(layer, str):
+        return layer
+    try:
+        found = find(layer)
+    except KeyError:
+        found = None
+    if found is None:
+        raise ValueError(f"{option}={layer!r}, but timm has none of that name")
+    return found
+
+
 class KSM(nn.Module):
     """Kernel Spatial Modulation.
 
@@ -131,11 +151,15 @@ class KSM(nn.Module):
         num_bands: Frequency groups n of the FDW.
         reduction: Ratio of hidden to input channels; at least 16 channels are kept.
         modulate_weight: False leaves only the gains of the frequency groups (the paper's "FDW only").
-        norm_layer: Normalisation of the hidden (B, A, 1, 1) map. A BatchNorm that trains takes the running statistics
-            for a batch of one (with a warning, once) and leaves them; in TorchScript such a batch is an error.
-        act_layer: Activation of the hidden map.
+        norm_layer: Normalisation of the hidden (B, A, 1, 1) map, or timm's name of it. A BatchNorm that trains takes
+            the running statistics for a batch of one (with a warning, once) and leaves them; in TorchScript such a
+            batch is an error.
+        act_layer: Activation of the hidden map, or timm's name of it.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: timm has no layer of the name.
     """
 
     star_start: tuple[float, float] = (1.0, 0.0)  # of pickles from before it was there
@@ -148,8 +172,8 @@ class KSM(nn.Module):
         num_bands: int = 64,
         reduction: float = 1 / 16,
         modulate_weight: bool = True,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        act_layer: Callable[..., nn.Module] = StarReLU,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: str | Callable[..., nn.Module] = StarReLU,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -162,8 +186,8 @@ class KSM(nn.Module):
         if modulate_weight:
             self.sections += [in_channels, out_channels] + ([positions] if positions > 1 else [])
         self.fc = Projection(in_channels, hidden, bias=False, device=device, dtype=dtype)
-        self.norm = norm_layer(hidden).to(device=device, dtype=dtype)
-        act = act_layer()
+        self.norm = named_layer("norm_layer", norm_layer, get_norm_layer)(hidden).to(device=device, dtype=dtype)
+        act = named_layer("act_layer", act_layer, get_act_layer)()
         self.star_start = star_values(act)
         self.act = act.to(device=device, dtype=dtype)
         self.heads = Projection(hidden, sum(self.sections), bias=True, device=device, dtype=dtype)

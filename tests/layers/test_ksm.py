@@ -3,13 +3,15 @@ import warnings
 from functools import partial
 
 import pytest
+import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import GroupNorm1, freeze_batch_norm_2d
 from timm.models.metaformer import StarReLU
 from torch import nn
 
-from fdconv_zoo import FDConv2d, FDLinear
+from fdconv_zoo import FDConv2d, FDConv3d, FDLinear
 from fdconv_zoo.layers import ksm as ksm_module
+from fdconv_zoo.layers.dynamic import KWConv2d, ODConv2d
 from fdconv_zoo.layers.ksm import KSM, local_kernel_size
 from fdconv_zoo.layers.ops import literal
 from tests.compare import randomise, relative_error
@@ -212,3 +214,24 @@ def test_nothing_is_left_unset_off_the_meta_device():
     layer.reset_parameters()
     assert all(bool(parameter.isfinite().all()) for parameter in layer.parameters())
     assert layer(torch.randn(2, 18, 5, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [FDConv2d, FDConv3d, FDLinear, ODConv2d, KWConv2d])
+def test_norms_by_timm_s_names(make):
+    options = {"norm_layer": "groupnorm1"} | ({"act_layer": "gelu"} if make.__name__.startswith("FD") else {})
+    layer = make(24, 32, **options) if make is FDLinear else make(24, 32, 1, **options)
+    kinds = {type(module) for module in layer.modules()}
+    assert GroupNorm1 in kinds and (len(options) == 1 or any("GELU" in kind.__name__ for kind in kinds))
+    for option in options:
+        for name in ("grupnorm", ""):
+            with pytest.raises(ValueError, match=f"{option}='{name}', but timm has none"):
+                make(*(24, 32) if make is FDLinear else (24, 32, 1), **{option: name})
+
+
+def test_a_model_s_options_by_timm_s_names():
+    kwargs = dict(layers=(1, 1, 1, 1), channels=(20, 24, 32, 40), ksm_act_layer="silu", ksm_norm_layer="groupnorm1")
+    model = timm.create_model("resnet18_fdconv", **kwargs)
+    assert type(model.layer1[0].conv1.ksm.norm) is GroupNorm1
+    assert "silu" in type(model.layer1[0].conv1.ksm.act).__name__.lower()
+    with pytest.raises(ValueError, match="act_layer='sillu'"):
+        timm.create_model("resnet18_fdconv", ksm_act_layer="sillu")

@@ -41,3 +41,21 @@ def test_features_at_any_size_are_those_of_a_model_built_for_it(size):
     ):
         assert output.shape == (2, channels, -(-size[0] // reduction), -(-size[1] // reduction))
         assert relative_error(output, reference) < 1e-5
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@torch.no_grad()
+def test_features_where_the_last_stage_is_one_window(shifted):
+    """Shifted there or not, as timm's own features with the same option; not shifted they are the classifier's."""
+    kwargs = SMALL | dict(img_size=64, window_size=2, depths=(2, 1, 1, 2))
+    options = {} if shifted else {"always_partition": False}
+    net = stir(timm.create_model("swin_tiny_fdconv", features_only=True, **kwargs, **options)).eval()
+    full = timm.create_model("swin_tiny_fdconv", **kwargs).eval()
+    full.load_state_dict(net.model.state_dict(), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    outputs, expected = net(x), full.forward_intermediates(x, intermediates_only=True)
+    for output, reference in zip(outputs[:3], expected, strict=False):
+        assert relative_error(output, reference) < 1e-5
+    assert (relative_error(outputs[3], expected[3]) < 1e-5) == (not shifted)
+    full.set_input_size(always_partition=shifted)
+    assert relative_error(outputs[3], full.forward_intermediates(x, intermediates_only=True)[3]) < 1e-5

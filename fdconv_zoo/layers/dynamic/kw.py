@@ -43,7 +43,7 @@ class KWAttention(Annealed):
         place: Place,
         reduction: float,
         nonlocal_basis_ratio: float,
-        norm_layer: Callable[..., nn.Module],
+        norm_layer: str | Callable[..., nn.Module],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,7 +128,8 @@ class KWConv2d(DynamicConv2d):
         warehouse: The warehouse, or None for one of this layer alone, with a budget of 1.
         reduction: Ratio of the attention's hidden channels to Cin; at least 16 are kept.
         nonlocal_basis_ratio: As for :class:`KWAttention`.
-        norm_layer: Normalisation in the attention. BatchNorm takes its running statistics for a batch of one.
+        norm_layer: Normalisation in the attention, or timm's name of it. BatchNorm takes its running statistics for a
+            batch of one.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -157,7 +158,7 @@ class KWConv2d(DynamicConv2d):
         warehouse: Warehouse | None = None,
         reduction: float = 1 / 16,
         nonlocal_basis_ratio: float = 1.0,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -60,7 +60,7 @@ class ODAttention(Annealed):
         positions: int,
         num_kernels: int,
         reduction: float,
-        norm_layer: Callable[..., nn.Module],
+        norm_layer: str | Callable[..., nn.Module],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -111,7 +111,8 @@ class ODConv2d(DynamicConv2d):
         bias: Adds a learnt bias, which the paper's layer has not.
         num_kernels: Kernels K; with one there are gates only.
         reduction: Ratio of the attention's hidden channels to Cin; at least 16 are kept.
-        norm_layer: Normalisation in the attention. BatchNorm takes its running statistics for a batch of one.
+        norm_layer: Normalisation in the attention, or timm's name of it. BatchNorm takes its running statistics for a
+            batch of one.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -135,7 +136,7 @@ class ODConv2d(DynamicConv2d):
         *,
         num_kernels: int = 4,
         reduction: float = 1 / 16,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.layers import get_norm_layer
 from torch import Tensor, nn
 
-from ..ksm import Projection, normalise, normalise_lone
+from ..ksm import Projection, named_layer, normalise, normalise_lone
 from ..ops.types import Geometry
 
 
@@ -126,7 +127,7 @@ class Hidden(nn.Module):
         self,
         in_channels: int,
         reduction: float,
-        norm_layer: Callable[..., nn.Module],
+        norm_layer: str | Callable[..., nn.Module],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,7 +136,8 @@ class Hidden(nn.Module):
             raise ValueError(f"reduction={reduction}, but it must be above 0")
         self.channels = max(int(in_channels * reduction), 16)
         self.fc = Projection(in_channels, self.channels, bias=False, device=device, dtype=dtype)
-        self.norm = norm_layer(self.channels).to(device=device, dtype=dtype)
+        norm = named_layer("norm_layer", norm_layer, get_norm_layer)(self.channels)
+        self.norm = norm.to(device=device, dtype=dtype)
         draw_by_fan_out(self.fc)
 
     @torch.jit.ignore

@@ -170,6 +170,22 @@ def test_kept_banks_are_used_and_given_up(monkeypatch):
     assert torch.autograd.grad(layer(x).sum(), layer.fdw.spectrum)[0].abs().max() > 0
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
+def test_no_kept_bank_is_older_than_an_update_in_eval(options):
+    """Fused optimisers leave the version of a parameter as it is."""
+    layer, x = randomise(FDConv2d(18, 4, (1, 2), num_bands=4)).eval(), torch.randn(4, 18, 5, 5)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, **options)
+    layer.fdw.keep_bank(torch.float32)
+    layer(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert relative_error(layer(x), copy.deepcopy(layer)(x)) < 1e-5
+    layer.fdw.keep_bank(torch.float32)
+    layer.fdw.spectrum.requires_grad_(False)  # frozen: a pass with other gradients keeps it
+    layer(x).sum().backward()
+    assert layer.fdw.kept_bank is not None
+
+
 def test_banks_of_a_model_are_kept_in_eval_alone():
     model = torch.nn.Sequential(FDConv2d(17, 3, 1, num_bands=4), FDLinear(5, 4, num_bands=3))
     with pytest.raises(ValueError, match=r"call model\.eval"):
