@@ -19,7 +19,8 @@ def keep_banks(model: nn.Module, dtype: torch.dtype) -> int:
     A layer uses its bank for inputs of that dtype, which under autocast is autocast's. It gives the bank up when it is
     trained, moved, cast or loaded, or records a gradient for its spectrum, as an update may follow that nothing tells
     of (fused optimisers'); and it does not use the bank once its spectrum has changed in place. A change through
-    `.data` is not noticed, nor is any by a captured CUDA graph: call this again then. Banks are not saved.
+    `.data` is not noticed, nor a fused optimiser's by gradients from before: call this again then. A captured CUDA
+    graph reads the bank that was there: capture it again after the bank was given up. Banks are not saved.
 
     Args:
         model: Model in eval mode, or a lone layer.

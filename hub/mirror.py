@@ -46,7 +46,7 @@ def select(patterns: Iterable[str], sources: Iterable[Source]) -> list[Source]:
     Raises:
         ValueError: A pattern matches nothing.
     """
-    chosen: dict[tuple[str, str], Source] = {}
+    chosen: dict[tuple[str, str, str | None], Source] = {}
     for pattern in patterns:
         of_zoo = {
             get_pretrained_cfg(tag).hf_hub_id
@@ -63,7 +63,7 @@ def select(patterns: Iterable[str], sources: Iterable[Source]) -> list[Source]:
             found = list_repo(pattern)
         if not found:
             raise ValueError(f"{pattern!r} matches no pretrained source and is no repository (owner/name)")
-        chosen.update(((source.repo, source.file), source) for source in found)
+        chosen.update(((source.repo, source.file, source.commit), source) for source in found)
     return list(chosen.values())
 
 
@@ -84,6 +84,18 @@ def list_repo(name: str) -> list[Source]:
         for file in files
         if any(fnmatch.fnmatchcase(PurePosixPath(file).name, pattern) for pattern in wanted)
     ]
+
+
+def check_one_commit(sources: Iterable[Source]) -> None:
+    """Raises a ValueError if a file is wanted at two commits, for which a folder has one place."""
+    commits: dict[tuple[str, str], str | None] = {}
+    for source in sources:
+        other = commits.setdefault((source.repo, source.file), source.commit)
+        if other != source.commit:
+            raise ValueError(
+                f"{source.repo}/{source.file} is wanted at {other} and at {source.commit}, but a folder holds one of "
+                "them: take another --output for each, or --cache-dir"
+            )
 
 
 def read_index(folder: Path) -> dict[tuple[str, str], Source]:
@@ -179,11 +191,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name what to fetch ('*' for all), or --serve")
 
     try:
-        chosen = select(args.sources, manifest())
+        of_main = select([name for name in args.sources if "@" not in name], manifest())
+        chosen = list(dict.fromkeys([*of_main, *select([name for name in args.sources if "@" in name], manifest())]))
+        if args.output:
+            check_one_commit(chosen)
     except Exception as error:  # the Hub's own errors differ by its library's version
         parser.exit(2, f"{parser.prog}: {redact(str(error))}\n")
     failed = []
-    named = {name.partition("@")[0] for name in args.sources if "@" in name}
     for number, source in enumerate(chosen, 1):
         name = f"[{number}/{len(chosen)}] {source.repo}/{source.file}"
         if args.dry_run:
@@ -193,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.output:
                 new = copy_to_folder(source, args.output)
             else:
-                new = copy_to_cache(source, args.cache_dir, revision_named=source.repo in named)
+                new = copy_to_cache(source, args.cache_dir, revision_named=source not in of_main)
             print(f"{name}: {'downloaded' if new else 'already there'}", flush=True)
         except PretrainedError as error:
             failed.append(name)

@@ -85,9 +85,9 @@ def create_model(variant: str, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, tiles: LandCoverTiles) -> Tensor:
-    """Return the likeliest group of each pixel (N, T, T)."""
-    model.eval()
-    return torch.stack([model(tiles[index][0][None])[0].argmax(0) for index in range(len(tiles))])
+    """Return the likeliest group of each pixel (N, T, T), on the CPU."""
+    device = next(model.eval().parameters()).device
+    return torch.stack([model(tiles[index][0][None].to(device))[0].argmax(0).cpu() for index in range(len(tiles))])
 
 
 def draw_tiles(tiles: LandCoverTiles, predictions: Sequence[Tensor], path: Path, count: int = 12) -> None:

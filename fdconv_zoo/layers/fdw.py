@@ -168,6 +168,7 @@ class FDW(nn.Module):
     @torch.jit.ignore
     def matrix(self) -> Tensor:
         """The weight matrix (R, C) at gains of one: the static weight."""
+        self._drop_bank_before_updates()
         return from_spectrum(self.spectrum, self.columns)
 
     @torch.jit.ignore
@@ -179,6 +180,7 @@ class FDW(nn.Module):
     @torch.jit.ignore
     def group_matrix(self, band: int) -> Tensor:
         """The part of the weight matrix (R, C) that group `band` contributes at a gain of one."""
+        self._drop_bank_before_updates()
         return from_spectrum(self.spectrum * (self.band_index() == band).unsqueeze(-1), self.columns)
 
     @torch.jit.ignore
@@ -207,13 +209,15 @@ class FDW(nn.Module):
         self.kept_bank = None
 
     @torch.jit.unused
+    def _drop_bank_before_updates(self) -> None:
+        """Gives the bank up where a gradient is recorded: a fused optimiser's update leaves no new version behind."""
+        if self.kept_bank is not None and torch.is_grad_enabled() and self.spectrum.requires_grad:
+            self.drop_bank()
+
+    @torch.jit.unused
     def _usable_bank(self) -> tuple[Tensor | None, int]:
         kept = self.kept_bank
         if kept is None or kept.source is not self.spectrum:
-            return None, -1
-        if torch.is_grad_enabled() and self.spectrum.requires_grad:
-            # What follows may be an update by a fused optimiser, which leaves the parameter's version as it is.
-            self.drop_bank()
             return None, -1
         return kept.weights, kept.version
 
@@ -223,6 +227,7 @@ class FDW(nn.Module):
             return Spectrum(self.spectrum, GainMap(self.gain_index, self.gain_tiles), None, -1)
         else:
             self._follow_spectrum()
+            self._drop_bank_before_updates()
             if len(self._forward_hooks) > 0:
                 # What hooks into the end of a module may free its parameters there (FSDP2), before they are used.
                 return Spectrum(self.spectrum.clone(), GainMap(self.gain_index, self.gain_tiles), None, -1)

@@ -36,8 +36,11 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def undecayed(model: nn.Module) -> set[str]:
-    """Names of parameters that are not decayed beside biases and norms: what any of the model's parts says of its own
-    (timm's `no_weight_decay`), and biases that have another name because a layer has several.
+    """Names of parameters that are not decayed beside biases and norms.
+
+    They are what any of the model's parts says of its own (timm's `no_weight_decay`); Swin's position tables, of which
+    nothing says so in a list of its stages (`FeatureListNet`); and biases that have another name because a layer has
+    several.
     """
     names = {
         f"{name}.{own}" if name else own
@@ -45,7 +48,8 @@ def undecayed(model: nn.Module) -> set[str]:
         for own in getattr(module, "no_weight_decay", set)()
     }
     biases = (f"{name}.{layer.held[1]}" if name else layer.held[1] for name, layer in named_dynamic_layers(model))
-    return names.union(biases)
+    tables = (name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table"))
+    return names.union(tables, biases)
 
 
 def parameter_groups(

@@ -54,7 +54,7 @@ def resolve_preprocessing(
         chosen: Options of the command by name; None is not chosen.
         checkpoint: The model's weights, if they are of a file. Beside one of train.py lies the run's args.yaml, and
             images are prepared as in the run's own validation.
-        channels: Of the images, if not the model's usual ones.
+        channels: Of the images; None for those that the model's `pretrained_cfg` tells.
         test_size: Take the size and crop that the model is to be tested with, where it has others than in training.
             They are not for a run's weights, whose training they say nothing of.
 
@@ -64,6 +64,8 @@ def resolve_preprocessing(
     run = _run_options(checkpoint) if checkpoint else None
     options = {key: value for key, value in (run or {}).items() if key in RUN_OPTIONS}
     options |= {key: value for key, value in chosen.items() if value is not None}
+    if channels is None:
+        channels = ((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (None,))[0]
     if channels is not None:
         options["in_chans"] = channels
     config = resolve_data_config(options, model=model, use_test_size=test_size and run is None)

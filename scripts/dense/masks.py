@@ -220,7 +220,8 @@ class MaskFolders(Dataset):
         if len(self.mask_values):
             classes = torch.full((int(max(mask.max(), self.mask_values.max())) + 1,), self.ignore_index)
             classes[self.mask_values] = torch.arange(len(self.mask_values))
-            mask = classes[mask]
+            # What is ignored may be negative, which as an index is counted from the end.
+            mask = torch.where(mask < 0, self.ignore_index, classes[mask.clamp(min=0)])
         if self.reduce_zero_label:
             mask = torch.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
         if ((mask >= self.num_classes) & (mask != self.ignore_index)).any():

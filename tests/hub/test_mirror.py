@@ -93,6 +93,22 @@ class TestFolder:
         mirror.main(["--output", str(folder), "org/tiny"])
         assert mirror.read_index(folder)["org/tiny", FILE].commit == hub.repos["org/tiny"].refs["main"]
 
+    def test_two_commits_of_a_repository(self, hub, tmp_path, capsys):
+        first = hub.repos["org/tiny"].refs["main"]
+        hub.add("org/tiny", {FILE: weights(0.03)})
+        second = hub.repos["org/tiny"].refs["main"]
+        pinned, beside_main = [f"org/tiny@{first}", f"org/tiny@{second}"], [f"org/tiny@{first}", "org/tiny"]
+        for wanted, main in ((pinned, []), (beside_main, [second])):
+            cache = tmp_path / f"cache{len(main)}"
+            mirror.main(["--cache-dir", str(cache), *wanted])
+            assert {path.name for path in cache.glob("models--*/snapshots/*")} == {first, second}
+            assert [path.read_text() for path in cache.glob("models--*/refs/*")] == main
+        with pytest.raises(SystemExit) as stop:
+            mirror.main(["--output", str(tmp_path / "folder"), f"org/tiny@{first}", "org/tiny"])
+        assert stop.value.code == 2
+        assert f"is wanted at {second} and at {first}, but a folder holds one" in capsys.readouterr().err
+        assert not (tmp_path / "folder").exists()
+
     def test_two_at_a_time_keep_what_the_other_wrote(self, hub, tmp_path, monkeypatch):
         """The other one mirrors its file, from first to last, while this one's is on its way."""
         first, other = (mirror.select([name], manifest())[-1] for name in ("org/tiny", "org/other"))

@@ -82,6 +82,18 @@ def test_no_part_s_own_exceptions_are_decayed(options):
     assert {decay for name, decay in found.items() if name.endswith("attn.qkv.weight")} == {0.1}
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swin_tiny_fdconv"])
+@pytest.mark.parametrize("feature_cls", [None, "list", "getter"])
+def test_no_position_table_of_a_feature_extractor_is_decayed(name, feature_cls):
+    """A list of the stages has lost what the network says of them."""
+    options = {"feature_cls": feature_cls} if feature_cls else {}
+    features = timm.create_model(
+        name, features_only=True, img_size=32, window_size=2, depths=(1, 1, 1, 1), embed_dim=24, **options
+    )
+    found = decays(nn.Sequential(features))
+    assert [decay for name, decay in found.items() if name.endswith("relative_position_bias_table")] == [0] * 4
+
+
 def test_biases_of_several_kernels_are_not_decayed():
     found = decays(nn.Sequential(fdconv_zoo.convert(nn.Conv2d(24, 32, 3), "dyconv")))
     assert found["0.biases"] == 0 and found["0.kernels"] == 0.1

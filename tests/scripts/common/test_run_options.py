@@ -82,6 +82,15 @@ def test_a_file_is_for_images_as_the_run_had_them(tmp_path):
     assert (config["input_size"], config["mean"]) == ((3, 64, 80), (0.2, 0.2, 0.2))
 
 
+def test_a_published_model_s_channels_are_kept_at_another_size(tmp_path):
+    timm.models.save_for_hf(timm.create_model("test_resnet", in_chans=1), tmp_path, safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path}")
+    for size in (None, 64):
+        assert resolve_preprocessing(model, {"img_size": size}, None)["input_size"][0] == 1
+    model = timm.create_model("test_resnet")
+    assert resolve_preprocessing(model, {"img_size": 64}, None)["input_size"] == (3, 64, 64)
+
+
 def test_calibration_sees_images_as_the_run_did(photos, tmp_path, monkeypatch):
     """Less a mean beside which photos are nothing, each number is the same."""
     seen = []

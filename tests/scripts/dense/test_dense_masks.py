@@ -111,6 +111,19 @@ def test_pixels_that_mean_nothing_are_refused_before_the_training(pair, pixels, 
         folders[0]
 
 
+@pytest.mark.parametrize("reduce_zero_label", [False, True])
+def test_ignored_pixels_may_be_negative_beside_values_of_masks(pair, reduce_zero_label):
+    Image.fromarray(np.full((32, 32), 1, np.uint8)).save(pair[0] / "a.tif")
+    pixels = np.full((32, 32), 7, np.int32)
+    pixels[:8], pixels[8:12] = -1, 11
+    Image.fromarray(pixels).save(pair[1] / "a.tif")
+    options = {"mask_values": [7, 11], "ignore_index": -1, "reduce_zero_label": reduce_zero_label}
+    folders = open_folders(*pair, mask_suffix=".tif", **options)
+    expected = [4 * 32, 0] if reduce_zero_label else [20 * 32, 4 * 32]
+    assert list(folders.check(slice(None), workers=1)) == expected
+    assert (folders[0][1] == -1).sum() >= 8 * 32
+
+
 @pytest.mark.parametrize("fault", ["class", "size", "no mask"])
 def test_all_masks_are_checked_before_the_training(data, tmp_path, fault):
     shutil.copytree(data / "train_masks", tmp_path / "masks")

@@ -181,6 +181,14 @@ def test_no_kept_bank_is_older_than_an_update_in_eval(options):
     with torch.no_grad():
         assert relative_error(layer(x), copy.deepcopy(layer)(x)) < 1e-5
     layer.fdw.keep_bank(torch.float32)
+    layer.fdw.matrix().square().mean().backward()  # a loss of the weight itself
+    assert layer.fdw.kept_bank is None
+    layer.fdw.keep_bank(torch.float32)
+    hook = layer.fdw.register_forward_hook(lambda *_: None)
+    layer(x).sum().backward()
+    hook.remove()
+    assert layer.fdw.kept_bank is None
+    layer.fdw.keep_bank(torch.float32)
     layer.fdw.spectrum.requires_grad_(False)  # frozen: a pass with other gradients keeps it
     layer(x).sum().backward()
     assert layer.fdw.kept_bank is not None
