@@ -239,9 +239,7 @@ class KSM(nn.Module):
     def _gates(self, projected: Tensor) -> Tensor:
         """Gates of all sections (B, sum of sections) from the hidden layer (B, A) before its normalisation."""
         hidden = projected[:, :, None, None]
-        if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
-            hidden = self._normalise_lone(hidden)
-        elif torch.jit.is_scripting():
+        if torch.jit.is_scripting():
             hidden = self.norm(hidden)
         else:
             hidden = normalise(self.norm, hidden)
@@ -282,13 +280,22 @@ class KSM(nn.Module):
             own.weight = part.weight
             self._modules[name] = own.train(part.training)
 
-    @torch.jit.unused
-    def _normalise_lone(self, hidden: Tensor) -> Tensor:
-        return normalise_lone(self.norm, hidden)
-
 
 def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """The hidden map normalised, in the dtype of BatchNorm's statistics where its parameters have another.
+    """The hidden map (B, A, 1, 1) normalised: a sample alone has no statistics, so by BatchNorm's running ones."""
+    is_lone = isinstance(norm, _BatchNorm) and norm.training and hidden.shape[0] == 1
+    if not is_lone or norm.running_mean is None or is_synchronised(norm):
+        return call_norm(norm, hidden)
+    warn_of_lone_sample()
+    norm.training = False
+    try:
+        return call_norm(norm, hidden)
+    finally:
+        norm.training = True
+
+
+def call_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """Calls a norm, in the dtype of BatchNorm's statistics where its parameters have another.
 
     FSDP2's mixed precision casts parameters and no buffers, and PyTorch's BatchNorm takes one dtype for both.
     """
@@ -297,18 +304,6 @@ def normalise(norm: nn.Module, hidden: Tensor) -> Tensor:
         return norm(hidden)
     parameters = {name: parameter.to(mean.dtype) for name, parameter in norm.named_parameters()}
     return functional_call(norm, parameters, hidden.to(mean.dtype))
-
-
-def normalise_lone(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """The hidden map (1, A, 1, 1) normalised: a single sample has no statistics, so by BatchNorm's running ones."""
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or is_synchronised(norm):
-        return normalise(norm, hidden)
-    warn_of_lone_sample()
-    norm.training = False
-    try:
-        return normalise(norm, hidden)
-    finally:
-        norm.training = True
 
 
 def is_hooked(*parts: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 ENDINGS = frozenset(IMG_EXTENSIONS)
 # Names of one split, as timm takes them for the same.
@@ -61,6 +61,11 @@ def find_split_or_root(root: Path, split: str | None) -> Path:
 def describe_ignored(ignored: Counter[str]) -> str:
     """What a line says of files that are not read, counted by ending."""
     return "".join(f", {count} {ending} ignored" for ending, count in ignored.most_common(6))
+
+
+def renumber(folder: ImageFolder, numbers: Mapping[str, int]) -> None:
+    """Gives the classes of torchvision's reader of folders other numbers, by their names."""
+    folder.target_transform = [numbers[name] for name in folder.classes].__getitem__
 
 
 def describe_named(split: str, dataset: Dataset, labels: Mapping[str, int]) -> str:

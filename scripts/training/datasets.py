@@ -13,7 +13,7 @@ from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset
 from torchvision.datasets import FakeData, ImageFolder
 
-from common.image_folders import FolderReader, describe_named, find_split
+from common.image_folders import FolderReader, describe_named, find_split, renumber
 from common.images import ImageSet, channels_mode, check_ranges, load_image
 
 IMAGENET_IMAGES = 1_281_167
@@ -144,7 +144,7 @@ def _number_alike(train: Dataset, val: Dataset) -> None:
             if unknown
             else "validation numbers its classes otherwise than training: give --class-map"
         )
-    val.target_transform = [wanted[name] for name in val.classes].__getitem__
+    renumber(val, wanted)
 
 
 def class_numbers(dataset: Dataset) -> Mapping[str, int]:

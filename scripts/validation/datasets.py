@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from common.image_folders import ENDINGS, FolderReader, describe_named, find_split_or_root
+from common.image_folders import ENDINGS, FolderReader, describe_named, find_split_or_root, renumber
 from common.images import ImageSet, load_image
 from fdconv_zoo.run_files import CLASSES_FILE
 
@@ -59,11 +59,11 @@ def open_dataset(args: argparse.Namespace, model: nn.Module, mode: str, tell: bo
                 f"{', ...' if len(unknown) > 3 else ''}"
             )
         labels = numbers
-    if numbers is not None and numbers != _class_numbers(dataset):
+    if numbers is not None and numbers != found:
         if reader:
             dataset = open_numbered(numbers)
         else:
-            dataset.target_transform = [numbers[name] for name in dataset.classes].__getitem__
+            renumber(dataset, numbers)
     if labels and max(labels.values()) >= model.num_classes:
         raise ValueError(
             f"{len(labels)} classes in the data, {model.num_classes} outputs of the model: "

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import get_norm_layer
 from torch import Tensor, nn
 
-from ..ksm import Projection, named_layer, normalise, normalise_lone
+from ..ksm import Projection, named_layer, normalise
 from ..ops.types import Geometry
 
 
@@ -150,17 +150,11 @@ class Hidden(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Takes (B, Cin) to (B, A)."""
         hidden = self.fc(pooled)[:, :, None, None]
-        if hasattr(self.norm, "running_mean") and self.norm.training and hidden.shape[0] == 1:
-            hidden = self._normalise_lone(hidden)
-        elif torch.jit.is_scripting():
+        if torch.jit.is_scripting():
             hidden = self.norm(hidden)
         else:
             hidden = normalise(self.norm, hidden)
         return F.relu(hidden).flatten(1)
-
-    @torch.jit.unused
-    def _normalise_lone(self, hidden: Tensor) -> Tensor:
-        return normalise_lone(self.norm, hidden)
 
 
 def draw_by_fan_out(projection: Projection) -> None:
