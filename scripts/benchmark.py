@@ -130,9 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.traffic:
         pairs = (build() for build, _ in plan if build.func in (model_pair, parts_pair))
-        rows[:], table = traffic_table(pairs, args.batch_size[0], getattr(torch, args.traffic))
+        rows[:], table = traffic_table(pairs, args.batch_size[0], getattr(torch, args.traffic), "train" in args.mode)
         write_json(args.results_file, result)
-        print(f"{table}\n\nbatch {args.batch_size[0]}, {args.traffic}, eval: counted with fake tensors, not run")
+        print(
+            f"{table}\n\nbatch {args.batch_size[0]}, {args.traffic}, {args.mode[0]}: counted with fake tensors, not run"
+        )
         return
     ending = None
     try:

@@ -11,6 +11,7 @@ from timm.utils import ParseKwargs
 from benchmarking.engines import ENGINES
 from common.command_line import check_device
 from common.onnx_file import check_packages
+from fdconv_zoo.layers.ops import triton
 
 DESCRIPTION = """Measure what FDConv models cost beside their static twins: time, memory, parameters and MACs.
 
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   benchmark.py --model convnext_tiny_fdconv --img-size 112 224 448 --batch-size 1 2 4 --plot cost.png
   benchmark.py --model resnet18_fdconv --batch-size 1 --reference    the gain over the paper's equations as written
   benchmark.py --preset table --traffic bfloat16 --batch-size 64     kernels and bytes on a GPU, counted without one
+  TRITON_INTERPRET=1 benchmark.py --preset table --traffic bfloat16 --batch-size 64 --mode train   a step
   benchmark.py --model resnet50_odconv resnet50_kw               other dynamic convolutions of the zoo
   benchmark.py --model 'resnet*_fdconv' --device cuda --amp --channels-last --compile --compile-mode reduce-overhead
 
@@ -82,8 +84,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--traffic",
         choices=("bfloat16", "float16", "float32"),
-        help="no times: count the kernels that one pass in eval would launch on a GPU, and the bytes that they would "
-        "move, with models and images of this dtype; needs no GPU",
+        help="no times: count the kernels that one pass would launch on a GPU, and the bytes that they would move, "
+        "with models and images of this dtype; needs no GPU. For --mode train set TRITON_INTERPRET=1",
     )
     add("--compile", action="store_true", help="torch.compile too, beside eager, for both models of a pair")
     add(
@@ -152,8 +154,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("say what to measure: --model NAME or --preset table or small-images, one of them")
     if args.preset and len(args.img_size) > 1:
         raise ValueError(f"--preset {args.preset} takes one --img-size, got {', '.join(map(str, args.img_size))}")
-    if args.traffic and (len(args.batch_size) > 1 or len(args.img_size) > 1 or args.mode != ["eval"] or args.plot):
-        raise ValueError("--traffic counts one pass in eval: give one --batch-size, one --img-size and no --plot")
+    if args.traffic and (len(args.batch_size) > 1 or len(args.img_size) > 1 or len(args.mode) > 1 or args.plot):
+        raise ValueError("--traffic counts one pass: give one --batch-size, one --img-size, one --mode and no --plot")
+    if args.traffic and (args.mode == ["train"]) != triton.IS_INTERPRETED:
+        raise ValueError(
+            "--traffic counts training where TRITON_INTERPRET=1 is set in the environment, and eval where it is not: "
+            "autograd has no fake GPU"
+        )
     if args.results_file.suffix != ".json":
         raise ValueError(f"--results-file must end in .json, got {args.results_file}")
     if set(args.engines) - {"eager", "compile"} and (args.mode != ["eval"] or args.device != "cpu" or args.amp):

@@ -1,6 +1,7 @@
 """What a pass would launch and move on a GPU, counted without one: kernels, and bytes read and written.
 
-Tensors are fake CUDA tensors: shapes and devices are real, numbers are not. Each operation that is no view counts as a
+Tensors are fake CUDA tensors, or CPU tensors where Triton is interpreted, since autograd has no fake GPU: shapes are
+real, numbers are not. Each operation that is no view counts as a
 kernel that reads its inputs and writes its outputs once; FDConv's operators count as the kernels that they launch.
 Bytes over a card's memory bandwidth are the least time of a pass that is bound by memory, as most of a network's are.
 """
@@ -17,12 +18,18 @@ from benchmarking.models import Pair
 from common.tables import markdown_table
 from common.traffic import Counting, Traffic
 from fdconv_zoo.layers.fdw import FDW
+from fdconv_zoo.layers.ops import triton
 
 
 def count_traffic(
-    model: nn.Module, input_size: tuple[int, ...], batch_size: int, dtype: torch.dtype, keep_banks: bool
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    batch_size: int,
+    dtype: torch.dtype,
+    keep_banks: bool,
+    train: bool = False,
 ) -> Traffic:
-    """Counts the second pass of a model in eval, so that what is made once and kept is not counted.
+    """Counts the second pass of a model, so that what is made once and kept is not counted.
 
     Args:
         model: It is left on fake tensors.
@@ -30,12 +37,19 @@ def count_traffic(
         batch_size: Images.
         dtype: Of parameters and images.
         keep_banks: Keep the banks of FDConv's layers between the passes.
+        train: Count a pass in training and its gradients instead of a pass in eval; without the optimiser's update.
     """
-    model = model.eval().to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    model = model.train(train).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(train):
 
         def fake(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=triton.DEVICE)
+
+        def run() -> None:
+            model.zero_grad()
+            output = model(images)
+            if train:
+                output.sum().backward()
 
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -44,10 +58,10 @@ def count_traffic(
             module._buffers.update({name: fake(b) for name, b in module._buffers.items() if b is not None})
             if isinstance(module, FDW) and keep_banks:
                 module.keep_bank(dtype)
-        images = torch.empty(batch_size, *input_size, device="cuda", dtype=dtype)
-        model(images)
+        images = torch.empty(batch_size, *input_size, device=triton.DEVICE, dtype=dtype)
+        run()
         with Counting("cuda") as counting:
-            model(images)
+            run()
     return counting.traffic
 
 
@@ -55,29 +69,35 @@ def count_traffic(
 WAYS = {"banks kept": True, "nothing kept": False, "not fused": False}
 
 
-def traffic_table(pairs: Iterable[Pair], batch_size: int, dtype: torch.dtype) -> tuple[list[dict[str, Any]], str]:
+def traffic_table(
+    pairs: Iterable[Pair], batch_size: int, dtype: torch.dtype, train: bool
+) -> tuple[list[dict[str, Any]], str]:
     """Counts pairs of models, each way.
 
     Args:
         pairs: FDConv models and their static twins; they are left on fake tensors.
         batch_size: Images.
         dtype: Of parameters and images.
+        train: Count passes in training, where no bank is kept.
 
     Returns:
         A row for each model and way, and a table in Markdown.
     """
     rows: list[dict[str, Any]] = []
     for pair in pairs:
-        static = count_traffic(pair.static, pair.input_size, batch_size, dtype, False)
+        static = count_traffic(pair.static, pair.input_size, batch_size, dtype, False, train)
         for way, keep_banks in WAYS.items():
+            if train and keep_banks:
+                continue
             model = copy.deepcopy(pair.fdconv)
             for module in model.modules():
                 if hasattr(module, "fused"):
                     module.fused = way != "not fused"
-            found = count_traffic(model, pair.input_size, batch_size, dtype, keep_banks)
+            found = count_traffic(model, pair.input_size, batch_size, dtype, keep_banks, train)
             rows.append(
                 {
                     "model": pair.name,
+                    "mode": "train" if train else "eval",
                     "way": way,
                     "kernels": found.kernels.total(),
                     "megabytes_a_sample": found.bytes.total() / 1e6 / batch_size,

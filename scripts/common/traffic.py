@@ -26,6 +26,11 @@ def size(tree: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
+def storages(tree: Any) -> set[int]:
+    """Identities of the memory that the tensors in a tree of arguments lie in."""
+    return {leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+
 class Counting(TorchDispatchMode):
     """Counts what is dispatched while it is active: each operation that is no view reads and writes once.
 
@@ -51,7 +56,8 @@ class Counting(TorchDispatchMode):
             with self:
                 return self.launched[function](*args, **kwargs)
         out, name = function(*args, **kwargs), str(function)
-        if function.is_view or any(word in name for word in FREE):
+        # Operations that may copy (to, contiguous, reshape) are views by their schema.
+        if any(word in name for word in FREE) or (function.is_view and storages(out) <= storages((args, kwargs))):
             return out
         in_place = name.split(".")[1].endswith("_")
         self.traffic.kernels[name] += 1

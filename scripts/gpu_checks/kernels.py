@@ -182,7 +182,7 @@ def check_convolution(setup: Setup, shape: MapShape, dtype: torch.dtype, channel
 
 
 def check_bands(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
-    """Errors of `gate_bands`, of its adjoint, and of `grad_factors`."""
+    """Errors of `gate_bands`, of its adjoint, of `grad_factors` and of `grad_logits`."""
     ops = torch.ops.fdconv_zoo
     x, grad = (setup.randn(*shape, dtype=dtype) for _ in range(2))
     logits = setup.randn(shape[0], len(CUTOFFS), *shape[2:], dtype=dtype)
@@ -190,11 +190,15 @@ def check_bands(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> dic
     wide = x.double().requires_grad_()
     expected = reference.gate_bands(wide, logits.double(), bias.double(), CUTOFFS)
     (adjoint,) = torch.autograd.grad(expected, wide, grad.double())
-    factors = ops.grad_factors(grad, x, FRACTIONS).sum(1)
+    factors = ops.grad_factors(grad, x, FRACTIONS)
+    gates = 2 * torch.sigmoid(logits.double() + bias.double()[:, None, None])
+    by_factor = factors.double().sum(1)
+    slope = (by_factor[:, :-1] - by_factor[:, 1:]) * gates * (1 - gates / 2)
     return {
         "gate_bands": largest_error(ops.gate_bands(x, logits, bias, FRACTIONS, False, True), expected.detach()),
         "adjoint": largest_error(ops.gate_bands(grad, logits, bias, FRACTIONS, True, False), adjoint),
-        "grad_factors": largest_error(factors, reference.grad_factors(grad.double(), x.double(), CUTOFFS)),
+        "grad_factors": largest_error(by_factor, reference.grad_factors(grad.double(), x.double(), CUTOFFS)),
+        "grad_logits": largest_error(ops.grad_logits(factors, logits, bias), slope),
     }
 
 

@@ -7,14 +7,14 @@ transform each way.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fourier import GainMap, as_complex, column_scale
-from . import transforms
+from . import transforms, triton
 
 # Elements of the matrices that are transformed at once.
 CHUNK = 1 << 26
@@ -46,6 +46,33 @@ def make_hermitian(spectra: Tensor, columns: int) -> Tensor:
     return spectra
 
 
+def matrix_shape(bank: Tensor, kernel_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the weight matrix, given a bank (n, Cout*kh*kw, Cin)."""
+    return bank.shape[1] // kernel_size[1], bank.shape[2] * kernel_size[1]
+
+
+def transform(spectra: Iterable[tuple[slice, Tensor]], bank: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Fills a bank (n, Cout*kh*kw, Cin), given groups and their half spectra."""
+    (rows, columns), (kh, kw) = matrix_shape(bank, kernel_size), kernel_size
+    by_position = bank.view(len(bank), rows // kh, kh, kw, columns // kw)
+    for groups, half in spectra:
+        matrices = torch.fft.irfft2(half, s=(rows, columns), norm="forward")
+        by_position[groups] = matrices.unflatten(2, (-1, kw)).unflatten(1, (-1, kh)).movedim(4, 3)
+    return bank
+
+
+def transform_back(grad: Tensor, kernel_size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    """Groups and the unscaled half spectra of their gradients, given that of the bank; float32 at least."""
+    (rows, columns), (kh, kw) = matrix_shape(grad, kernel_size), kernel_size
+    exact_dtype = torch.promote_types(grad.dtype, torch.float32)
+    by_position = grad.unflatten(1, (-1, kh, kw)).movedim(3, 4)
+    for groups in group_chunks(len(grad), rows * columns):
+        # Casts and lays out at once: a cast keeps the layout.
+        own = by_position[groups]
+        matrices = own.new_empty(own.shape, dtype=exact_dtype).copy_(own)
+        yield groups, torch.fft.rfft2(matrices.view(-1, rows, columns))
+
+
 def make_bank(
     coefficients: Tensor,
     gain_map: GainMap,
@@ -73,27 +100,21 @@ def make_bank(
     scale = column_scale(columns, exact.device, exact.dtype) * math.sqrt(rows * columns)
     half = as_complex(exact) / scale
     groups = group_of_coefficients(gain_map, num_bands, count)
-    kh, kw = kernel_size
-    bank = exact.new_empty(num_bands, rows // kh, kh, kw, columns // kw, dtype=dtype)
-    for chunk in group_chunks(num_bands, rows * columns):
-        number = torch.arange(chunk.start, chunk.stop, dtype=torch.int32, device=groups.device)[:, None, None]
-        spectra = make_hermitian(torch.where(groups == number, half, 0), columns)
-        matrices = torch.fft.irfft2(spectra, s=(rows, columns), norm="forward")
-        bank[chunk] = matrices.unflatten(2, (-1, kw)).unflatten(1, (-1, kh)).movedim(4, 3)
-    return bank.flatten(1, 3)
+    numbers = torch.arange(num_bands, dtype=torch.int32, device=groups.device)[:, None, None]
+    spectra = (
+        (chunk, make_hermitian(torch.where(groups == numbers[chunk], half, 0), columns))
+        for chunk in group_chunks(num_bands, rows * columns)
+    )
+    return transform(spectra, bank_fake(exact, *gain_map, num_bands, columns, kernel_size, dtype), kernel_size)
 
 
 def bank_adjoint(grad: Tensor, gain_map: GainMap, kernel_size: tuple[int, int]) -> Tensor:
     """Gradient (R, C//2+1, 2) of the coefficients, given that of :func:`make_bank`; float32 at least."""
-    num_bands, (kh, kw) = len(grad), kernel_size
-    by_position = grad.unflatten(1, (-1, kh, kw))
-    rows, columns = by_position.shape[1] * kh, grad.shape[2] * kw
+    rows, columns = matrix_shape(grad, kernel_size)
     exact_dtype = torch.promote_types(grad.dtype, torch.float32)
-    groups = group_of_coefficients(gain_map, num_bands, columns // 2 + 1)
+    groups = group_of_coefficients(gain_map, len(grad), columns // 2 + 1)
     found = grad.new_zeros(groups.shape, dtype=exact_dtype.to_complex())
-    for chunk in group_chunks(num_bands, rows * columns):
-        matrices = by_position[chunk].movedim(3, 4).to(exact_dtype).reshape(-1, rows, columns)
-        half = torch.fft.rfft2(matrices)
+    for chunk, half in transform_back(grad, kernel_size):
         number = groups - chunk.start
         own = half.gather(0, number.clamp(0, len(half) - 1).long()[None])[0]
         found = torch.where((number >= 0) & (number < len(half)), own, found)
@@ -110,6 +131,20 @@ def bank_kernel(
 ) -> Tensor:  # fmt: skip
     """:func:`make_bank`."""
     return make_bank(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns, tuple(kernel_size), dtype)
+
+
+def bank_on_gpu(
+    coefficients: Tensor, gain_index: Tensor, gain_tiles: Tensor, num_bands: int, columns: int, kernel_size: list[int],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """:func:`make_bank`, with Triton's kernels where they are there for it."""
+    exact_dtype = torch.promote_types(coefficients.dtype, torch.float32)
+    if not triton.computes(coefficients.device, dtype, exact_dtype):
+        return bank_kernel(coefficients, gain_index, gain_tiles, num_bands, columns, kernel_size, dtype)
+    from .triton import bank as triton_bank
+
+    gain_map = GainMap(gain_index, gain_tiles)
+    return triton_bank.make_bank(coefficients, gain_map, num_bands, columns, tuple(kernel_size), dtype)
 
 
 def bank_fake(
@@ -140,6 +175,17 @@ def bank_backward_kernel(
 ) -> Tensor:
     """:func:`bank_adjoint`, in the dtype of the coefficients."""
     return bank_adjoint(grad, GainMap(gain_index, gain_tiles), tuple(kernel_size)).to(dtype)
+
+
+def bank_backward_on_gpu(
+    grad: Tensor, gain_index: Tensor, gain_tiles: Tensor, kernel_size: list[int], dtype: torch.dtype
+) -> Tensor:
+    """:func:`bank_adjoint`, with Triton's kernels where they are there for it."""
+    if not triton.computes(grad.device, grad.dtype, torch.promote_types(dtype, torch.float32)):
+        return bank_backward_kernel(grad, gain_index, gain_tiles, kernel_size, dtype)
+    from .triton import bank as triton_bank
+
+    return triton_bank.bank_adjoint(grad, GainMap(gain_index, gain_tiles), tuple(kernel_size)).to(dtype)
 
 
 def bank_backward_fake(

@@ -101,14 +101,14 @@ OPERATORS = {
     "bank": Operator(
         "(Tensor coefficients, Tensor gain_index, Tensor gain_tiles, int num_bands, int columns, int[] kernel_size, "
         "ScalarType dtype) -> Tensor",
-        {"default": bank.bank_kernel},
+        {"cuda": bank.bank_on_gpu, "default": bank.bank_kernel},
         bank.bank_fake,
         bank.bank_backward,
         bank.bank_setup,
     ),
     "bank_backward": Operator(
         "(Tensor grad, Tensor gain_index, Tensor gain_tiles, int[] kernel_size, ScalarType dtype) -> Tensor",
-        {"default": bank.bank_backward_kernel},
+        {"cuda": bank.bank_backward_on_gpu, "default": bank.bank_backward_kernel},
         bank.bank_backward_fake,
         refuse,
         None,

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["test_layers", "test_bands", "test_gates"])
+@pytest.mark.parametrize("name", ["test_layers", "test_bands", "test_bank", "test_gates"])
 def test_kernels_in_the_interpreter(name, which):
     tests = Path(__file__).parent / "triton" / f"{name}.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

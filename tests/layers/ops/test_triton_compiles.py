@@ -15,13 +15,14 @@ if find_spec("triton.backends.nvidia") is None:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fdconv_zoo.layers.ops.triton import LARGEST_SIDE, bands, gates, product, weight  # noqa: E402
+from fdconv_zoo.layers.ops.triton import LARGEST_SIDE, bands, bank, gates, product, weight  # noqa: E402
 from fdconv_zoo.layers.ops.triton.launch import next_block  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 EXACT = ("gains", "channel_gates", "filter_gates", "position_gates", "local_input", "local_weight")
 EXACT += ("row_sums", "channel_sums", "bias", "projections")
+NUMBERS = ("num_rows", "num_columns", "columns", "tiles_of_row", "first", "stop", "parts", "count", "logit_pixel")
 GEOMETRY = product.constants([3, 3], [1, 1], [1, 1, 1, 1], [1, 1], torch.bfloat16)
 
 
@@ -32,7 +33,11 @@ def spilled_bytes(kernel, dtype, constants, folder, exact=EXACT):
     for name in names:
         if name in constants:
             types[name] = "constexpr"
-        elif name == "epsilon":
+        elif name in ("gain_index", "gain_tiles"):
+            types[name] = "*i32"
+        elif name in NUMBERS:
+            types[name] = "i32"
+        elif name in ("epsilon", "edge_scale", "inner_scale"):
             types[name] = "fp32"
         elif name == "kept":
             types[name] = ("i32",) * 6
@@ -42,7 +47,7 @@ def spilled_bytes(kernel, dtype, constants, folder, exact=EXACT):
             is_number = name.startswith(("num_", "batch")) or name.endswith(
                 ("height", "width", "stride", "channels", "blocks", "_batch", "_channel", "_row", "_column", "_band")
             )
-            types[name] = "i32" if is_number or name == "logit_pixel" else NAMES[dtype]
+            types[name] = "i32" if is_number else NAMES[dtype]
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -132,3 +137,16 @@ def test_gates(batch, folder):
     }  # fmt: skip
     names = [name for name in gates.gates_kernel.arg_names if name not in ("batch", "num_hidden", "num_out", "epsilon")]
     assert spilled_bytes(gates.gates_kernel, torch.float32, constants, folder, names) == 0
+
+
+@by_dtype
+def test_bank(dtype, folder):
+    for kernel in (bank.spread_kernel, bank.collect_kernel):
+        constants = {"TILE": 8, "BLOCK": bank.BLOCK, "num_warps": 4}
+        assert spilled_bytes(kernel, dtype, constants, folder, (*EXACT, "out", "spectra")) == 0
+
+
+@by_dtype
+def test_logits_of_bands(dtype, folder):
+    constants = {"BANDS": 3, "BLOCK": bands.PIXELS, "num_warps": 4}
+    assert spilled_bytes(bands.grad_logits_kernel, dtype, constants, folder, (*EXACT, "out", "factors")) == 0

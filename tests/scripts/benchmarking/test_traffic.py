@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,10 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmark
 import fdconv_zoo.layers.ops.triton.bands
+import fdconv_zoo.layers.ops.triton.bank
 import fdconv_zoo.layers.ops.triton.conv  # noqa: F401, which registers the kernels
 from benchmarking.traffic import count_traffic
 from common.traffic import Counting
 from fdconv_zoo import FDConv2d, static_name
+from fdconv_zoo.layers.fdw import FDW
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 # Of the static twin's bytes, and kernels, at most.
 LIMITS = {
@@ -75,6 +83,27 @@ def test_the_command_counts_each_way(tmp_path, capsys):
     assert rows[0]["ratio"] < rows[1]["ratio"] < rows[2]["ratio"]
 
 
+def test_a_training_step_is_not_counted_where_kernels_are_not_interpreted():
+    with pytest.raises(SystemExit, match="where TRITON_INTERPRET=1 is set"):
+        benchmark.main(["--traffic", "bfloat16", "--batch-size", "4", "--model", "resnet18_fdconv", "--mode", "train"])
+
+
+@pytest.mark.slow
+def test_a_training_step_is_counted(tmp_path):
+    """And stays what it was, a few operations more or less by PyTorch's version: it would grow unseen."""
+    path = tmp_path / "traffic.json"
+    options = ["--traffic", "bfloat16", "--batch-size", "64", "--model", "resnet18_fdconv", "--results-file", path]
+    command = [sys.executable, SCRIPTS / "benchmark.py", *options, "--mode", "train"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert "bfloat16, train: counted with fake tensors, not run" in done.stdout, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["nothing kept", "not fused"]
+    assert rows[0]["kernels"] < 1700 and rows[0]["ratio"] < rows[1]["ratio"]
+    launched = rows[0]["kernels_by_operation"]
+    assert launched["fdconv_zoo.ungate.default"] == 16
+    assert launched["fdconv_zoo.spread_groups.default"] == launched["fdconv_zoo.collect_groups.default"] >= 16
+
+
 def test_one_batch_size(capsys):
     with pytest.raises(SystemExit) as exit:
         benchmark.main(["--traffic", "bfloat16", "--model", "resnet18_fdconv"])
@@ -100,7 +129,8 @@ def test_each_kernel_of_the_backward_pass():
             ops.grad_input(grad, weight, x, *geometry, False)
             ops.grad_weight(grad, x, *geometry)
             ops.ungate(weight, fake(bands, filters * positions, channels), *gates, *local, [3, 3], True)
-            ops.grad_factors(x, x, [1, 4, 1, 8])
+            factors = ops.grad_factors(x, x, [1, 4, 1, 8])
+            ops.grad_logits(factors, fake(batch, 2, side, side), fake(2))
     found = counting.traffic.bytes
     maps, outputs, weights = 2 * x.numel(), 2 * grad.numel(), 2 * weight.numel()
     assert found["fdconv_zoo.grad_input.default"] == outputs + weights + 2 * maps  # the map, for its shape
@@ -109,4 +139,32 @@ def test_each_kernel_of_the_backward_pass():
     # Two blocks of 32 channels, and blocks of 16 rows.
     sums = 4 * batch * (2 * filters * positions + math.ceil(filters * positions / 16) * channels)
     assert found["fdconv_zoo.ungate.default"] == 3 * weights + weights // batch * bands + small + sums
-    assert found["fdconv_zoo.grad_factors.default"] == 2 * maps + 4 * batch * 3 * 3 * side * side
+    sums = 4 * batch * 3 * 3 * side * side
+    assert found["fdconv_zoo.grad_factors.default"] == 2 * maps + sums
+    assert (
+        found["fdconv_zoo.grad_logits.default"] == sums + 2 * batch * 2 * side * side + 2 * 2 + 4 * batch * 2 * side**2
+    )
+
+
+@pytest.mark.parametrize("chunk", [1 << 26, 1], ids=["all at once", "a group at once"])
+def test_the_bank_and_its_gradient(chunk, monkeypatch):
+    """Coefficients in and all half spectra out, and back, each in one launch a chunk."""
+    monkeypatch.setattr("fdconv_zoo.layers.ops.bank.CHUNK", chunk)
+    groups, rows, columns = 4, 30, 18
+    fdw = FDW(rows, columns, groups)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        spectrum, index, tiles = (
+            torch.empty(a.shape, dtype=a.dtype, device="cuda") for a in (fdw.spectrum, fdw.gain_index, fdw.gain_tiles)
+        )
+        with Counting("cuda") as counting:
+            bank = torch.ops.fdconv_zoo.bank(spectrum, index, tiles, groups, columns, [1, 1], torch.bfloat16)
+            torch.ops.fdconv_zoo.bank_backward(bank, index, tiles, [1, 1], torch.float32)
+    kernels, found = counting.traffic
+    times = groups if chunk == 1 else 1
+    small, halves = 4 * spectrum.numel(), 4 * groups * spectrum.numel()
+    gain_map = 4 * (index.numel() + tiles.numel())
+    assert found["fdconv_zoo.spread_groups.default"] == times * (small + gain_map) + halves
+    assert found["fdconv_zoo.collect_groups.default"] == times * (small + gain_map) + halves
+    # The transforms, and a copy each way between matrices and the bank.
+    assert kernels["aten.copy_.default"] == 2 * times
+    assert kernels.total() <= 8 * times

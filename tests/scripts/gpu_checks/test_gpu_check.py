@@ -73,7 +73,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     result = interpreted(tmp_path / "kernels.json", "kernels")
     names = {name for row in result["parts"]["kernels"]["rows"] for name in row["results"]}
     assert names >= {"bank", "gated_weights", "ungate weights", "convolve", "grad_input", "grad_weight"}
-    assert names >= {"gate_bands", "adjoint", "grad_factors", "bank_backward", "without gates"}
+    assert names >= {"gate_bands", "adjoint", "grad_factors", "grad_logits", "bank_backward", "without gates"}
 
 
 @pytest.mark.slow

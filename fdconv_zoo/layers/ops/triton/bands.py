@@ -135,6 +135,25 @@ def grad_factors_kernel(
         tl.store(out + target, total, mask=in_map)
 
 
+@triton.jit
+def grad_logits_kernel(
+    out, factors, logits, bias, parts, count, pixel_blocks, logit_batch, logit_band, logit_pixel,
+    BANDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of pixels of one sample and band: the gradient of its gate's factors, and through twice a sigmoid."""
+    band, sample = tl.program_id(0) % BANDS, (tl.program_id(0) // BANDS // pixel_blocks).to(tl.int64)
+    pixels = tl.program_id(0) // BANDS % pixel_blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = pixels < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        place = factors + ((sample * parts + part) * (BANDS + 1) + band) * count + pixels
+        # The gate is added to the map's or the low-pass's factor above it and taken from that of the one below.
+        total += tl.load(place, mask=inside, other=0.0) - tl.load(place + count, mask=inside, other=0.0)
+    place = logits + sample * logit_batch + pixels * logit_pixel + band * logit_band
+    gate = load_gate(place, 0, tl.load(bias + band), inside)
+    tl.store(out + (sample * BANDS + band) * count + pixels, total * gate * (1 - 0.5 * gate), mask=inside)
+
+
 def sizes_kept(x: Tensor, cutoffs: list[int]) -> tuple[int, ...]:
     """Rows and columns of functions that each low-pass of a map keeps, one after the other."""
     pairs = zip(cutoffs[::2], cutoffs[1::2], strict=True)
@@ -224,6 +243,38 @@ def grad_factors(grad: Tensor, x: Tensor, cutoffs: list[int]) -> Tensor:
     return out
 
 
+# Pixels of a program.
+PIXELS = 256
+
+
+def grad_logits_fake(factors: Tensor, logits: Tensor, bias: Tensor) -> Tensor:
+    """Empty tensor in the shape of the result of :func:`grad_logits`."""
+    return factors.new_empty(logits.shape)
+
+
+@kernel("(Tensor factors, Tensor logits, Tensor bias) -> Tensor", grad_logits_fake)
+def grad_logits(factors: Tensor, logits: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of the gates' logits.
+
+    Args:
+        factors: Result (B, parts, n + 1, H, W) of :func:`grad_factors`.
+        logits: (B, n, H, W) without bias, contiguous or channels_last.
+        bias: (n,).
+
+    Returns:
+        Gradient (B, n, H, W) in float32.
+    """
+    out = grad_logits_fake(factors, logits, bias)
+    (batch, bands, height, width), parts = logits.shape, factors.shape[1]
+    pixel_blocks = blocks_of(height * width, PIXELS)
+    grad_logits_kernel[(batch * bands * pixel_blocks,)](
+        out, factors, logits, bias.contiguous(), parts=parts, count=height * width, pixel_blocks=pixel_blocks,
+        logit_batch=logits.stride(0), logit_band=logits.stride(1), logit_pixel=logits.stride(3), BANDS=bands,
+        BLOCK=PIXELS,
+    )  # fmt: skip
+    return out
+
+
 def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits (B, n, H, W) of the gates without their bias (Eq. 10), contiguous or channels_last."""
     logits = F.conv2d(x, weight.to(x.dtype), padding=1)
@@ -241,14 +292,12 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the map, if needed, the weight and the bias of :func:`forward`, given that of its output."""
     logits = gate_logits(x, weight)
-    by_factor = grad_factors(grad, x, cutoffs).sum(1)
-    gates = 2 * torch.sigmoid(logits.float() + bias.float()[:, None, None])
-    grad_logits = (by_factor[:, :-1] - by_factor[:, 1:]) * gates * (1 - gates / 2)
+    slope = grad_logits(grad_factors(grad, x, cutoffs), logits, bias)
     through_gates, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_logits.to(x.dtype), x, weight.to(x.dtype), bias_sizes=None, stride=(1, 1), padding=(1, 1),
+        slope.to(x.dtype), x, weight.to(x.dtype), bias_sizes=None, stride=(1, 1), padding=(1, 1),
         dilation=(1, 1), transposed=False, output_padding=(0, 0), groups=1, output_mask=(need_x, True, False),
     )  # fmt: skip
-    grads = [grad_weight.to(weight.dtype), grad_logits.sum((0, 2, 3)).to(bias.dtype)]
+    grads = [grad_weight.to(weight.dtype), slope.sum((0, 2, 3)).to(bias.dtype)]
     if not need_x:
         return grads
     return [gate_bands(grad, logits, bias, cutoffs, True, channels_last).add_(through_gates), *grads]

@@ -145,7 +145,7 @@ def test_a_bank_that_does_not_fit_is_not_made(monkeypatch):
 
 
 def test_kept_banks_are_used_and_given_up(monkeypatch):
-    layer, x = randomise(FDConv2d(18, 1, (1, 2), num_bands=4)).eval(), torch.randn(4, 18, 5, 5)
+    layer, x = randomise(FDConv2d(18, 2, 1, num_bands=4)).eval(), torch.randn(4, 18, 2, 3)
     with torch.no_grad():
         expected = layer(x)
         layer.fdw.keep_bank(torch.float32)
@@ -173,7 +173,7 @@ def test_kept_banks_are_used_and_given_up(monkeypatch):
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
 def test_no_kept_bank_is_older_than_an_update_in_eval(options):
     """Fused optimisers leave the version of a parameter as it is."""
-    layer, x = randomise(FDConv2d(18, 4, (1, 2), num_bands=4)).eval(), torch.randn(4, 18, 5, 5)
+    layer, x = randomise(FDConv2d(18, 2, 1, num_bands=4)).eval(), torch.randn(4, 18, 2, 3)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, **options)
     layer.fdw.keep_bank(torch.float32)
     layer(x).square().mean().backward()
