@@ -47,6 +47,24 @@ def kept_reason(layer: nn.Module) -> str:
     return f"it has been given {', '.join(extra)}, which its replacement would lack" if extra else ""
 
 
+def refuse_held(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raises a ValueError where something but the layers holds their parameters, whose replacements it would not know.
+
+    Args:
+        model: The model.
+        layers: The layers that are replaced.
+    """
+    inside = {part for layer in layers for part in layer.modules()}
+    parameters = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if module not in inside and attribute not in OWN and any(id(part) in parameters for part in _parts(value)):
+                raise ValueError(
+                    f"{type(module).__name__} holds parameters of FDConv layers in its {attribute}, and would go on "
+                    "with them: take the model out of it (.module of DistributedDataParallel), and wrap the static one"
+                )
+
+
 def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """Layers whose parameters another module holds that is not replaced in the same way, and which.
 

@@ -17,7 +17,7 @@ from .build import ConvertedModel
 from .choice import FDLayer, named_fd_layers
 from .conversion import place
 from .default_cfgs import SUFFIX, static_name
-from .handover import hand_over
+from .handover import hand_over, refuse_held
 from .layers.fourier import matrix_to_weight
 from .layers.ops.traced import gated_weights
 from .layers.ops.types import Gates
@@ -105,7 +105,8 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
         that share a spectrum have gates of their own, and become layers with a weight each.
 
     Raises:
-        ValueError: If there is no FDConv layer, or `batches` is empty, a tensor itself, or of something else.
+        ValueError: If there is no FDConv layer, or `batches` is empty, a tensor itself, or of something else; or a
+            wrapper holds parameters of the layers, as DistributedDataParallel does.
     """
     layers = {layer: MeanWeight(layer) for _, layer in named_fd_layers(model)}
     try:
@@ -118,6 +119,7 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
     finally:
         for mean in layers.values():
             mean.remove()
+    refuse_held(model, layers)
     replaced = {layer: mean.static_twin() for layer, mean in layers.items()}
     names = [(name, replaced[layer]) for name, layer in named_fd_layers(model)]
     hand_over(model, replaced)

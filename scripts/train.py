@@ -29,6 +29,7 @@ from common.run_options import resolve_preprocessing
 from common.signals import StoppedError, StopSignals
 from common.training_recipe import Recipe
 from common.weights import load_checkpoint, read_checkpoint
+from common.workers import workers_end
 from fdconv_zoo.checkpoint import strip_prefixes
 from fdconv_zoo.run_files import ARGS_FILE, CLASSES_FILE, START_FILE
 from training.args import parse_args
@@ -36,7 +37,6 @@ from training.data import BatchAugmentation, TrainLoader, ValidationLoader
 from training.datasets import check_classes, check_same_classes, class_names, create_datasets, synthetic_datasets
 from training.log import RunLog
 from training.run import Run
-from training.workers import workers_end
 
 _logger = logging.getLogger("train")
 

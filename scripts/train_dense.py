@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ try:
     from common.models import check_name, unavailable
     from common.recipes import save_args
     from common.sampler import SeededDataset
+    from common.workers import ignore_stops, workers_end
     from dense.coco import coco_boxes, collate
     from dense.masks import MaskFolders, sum_over_processes
     from dense.models import create_detector, create_segmenter, normalization
@@ -46,6 +48,8 @@ except ImportError as error:
     raise fail("train_dense.py", f"needs {error.name}: pip install -e '.[dense]'") from error
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+# What gloo and NCCL say in a process that waits for one that ended.
+LOST_PROCESS = re.compile("Connection (closed|reset) by peer|remote process exited|NCCL Error 6", re.IGNORECASE)
 
 
 def create_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -137,6 +141,7 @@ def create_loaders(
         "num_workers": args.workers,
         "collate_fn": collate if args.head in DETECTION_HEADS else None,
         "persistent_workers": args.workers > 0,
+        "worker_init_fn": ignore_stops,
     }
     sampler = EpochSampler(train_set, world, rank, shuffle=True, seed=args.seed, drop_last=True)
     # Lightning sets it too, but too late for loader processes of a resumed run
@@ -211,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
         epochs, steps = read_progress(last) if resumed else (0, 0)
         if steps >= args.steps if args.steps else epochs >= args.epochs:
-            print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
             return
         if args.device == "cuda":
             check_device(args.device)
@@ -232,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{len(val_set)} for validation{f'; goes on from {last}' if resumed else ''}",
                 file=sys.stderr,
             )
-        trainer.fit(module, *loaders, ckpt_path=last if resumed else None, weights_only=True)
+        with workers_end():
+            trainer.fit(module, *loaders, ckpt_path=last if resumed else None, weights_only=True)
     except STOPS as stopped:
         name = signal.Signals(getattr(stopped, "signum", signal.SIGTERM)).name
         if trainer.is_global_zero:
@@ -245,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PretrainedError as error:
         raise fail("train_dense.py", unavailable(error, "--initial-checkpoint")) from error
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MisconfigurationException) as error:
+        if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and LOST_PROCESS.search(str(error)):
+            raise fail("train_dense.py", "another process of the run has ended; its own message says why") from error
         raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:
         scores = {key: f"{value:.4f}" for key, value in trainer.callback_metrics.items() if key.startswith("val/")}

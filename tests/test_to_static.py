@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fdconv_zoo import (
@@ -45,6 +46,20 @@ def test_there_and_back_is_the_same_function(name, kwargs, calibrate):
         assert relative_error(back.state_dict()[key], value) < 1e-6
     x = torch.randn(2, 3, 64, 64)
     assert relative_error(back(x), static(x)) < 1e-5
+
+
+def test_a_wrapper_that_holds_the_parameters_is_refused(tmp_path):
+    """It would go on to average the gradients of layers that are no longer there."""
+    model = convert_to_fdconv(timm.create_model("resnet18", **NARROW))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=r"DistributedDataParallel holds parameters .* take the model out of it"):
+            to_static(wrapped)
+    finally:
+        dist.destroy_process_group()
+    assert list(named_fd_layers(model))
+    assert not list(named_fd_layers(to_static(wrapped.module)))
 
 
 LAYERS = {

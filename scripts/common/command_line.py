@@ -1,6 +1,7 @@
 """What command lines share: the layout of their help, errors in one line, a device that is there."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def fail(program: str, error: object) -> SystemExit:
     """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    return SystemExit(f"{program}: error: {' '.join(str(error).split())}")
+    # An error of a loader process comes with its traceback before it.
+    _, is_wrapped, traceback = str(error).partition(" in DataLoader worker process ")
+    told = re.split(r"^[\w.]+: ", traceback, flags=re.MULTILINE)[-1] if is_wrapped else str(error)
+    return SystemExit(f"{program}: error: {' '.join(told.split())}")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 The sampler of a room yields keys (index, epoch, position), and the data set draws all randomness of a sample from
 (seed, epoch, position). A run that is resumed at a position therefore sees what the uninterrupted run saw, whatever the
 number of loader workers, without decoding the images it skips; and the samples of an epoch are the same for any number
-of processes.
+of processes that share them out evenly.
 """
 
 import random

@@ -54,6 +54,7 @@ class DenseModule(L.LightningModule):
         super().__init__()
         self.model, self.args = model, args
         self.backbone_parts = [backbone]  # in a list, so that it is not registered twice
+        self.loss_sums: dict[str, Tensor | float] = {}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         images = self.args.batch_size * self.args.grad_accum_steps * self.trainer.world_size
@@ -76,6 +77,24 @@ class DenseModule(L.LightningModule):
         for group, options, factor in zip(groups, self.options, schedule.lr_lambdas, strict=True):
             group.update(options, lr=options["initial_lr"] * factor(schedule.last_epoch))
 
+    def _order(self) -> dict[str, int]:
+        """What updates and the order of the training data depend on, besides the data themselves."""
+        names = ("batch_size", "grad_accum_steps", "seed")
+        return {name: getattr(self.args, name) for name in names} | {"processes": self.trainer.world_size}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["order"] = self._order()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises a ValueError where the run had other updates: rates and epochs would be counted in both."""
+        was, now = checkpoint.get("order", {}), self._order()  # older checkpoints have none
+        different = [f"{name} {value}, not {now[name]}" for name, value in was.items() if value != now[name]]
+        if different:
+            raise ValueError(
+                f"can't go on with --resume: the checkpoint was made with {'; '.join(different)}. Resume with the "
+                "same, or start a new run in another --output"
+            )
+
     def share_of_update(self, batch_index: int) -> float:
         """What a batch's loss counts beside others of its update, which Lightning divides by the full number of them.
 
@@ -95,6 +114,24 @@ class DenseModule(L.LightningModule):
         if self.trainer.world_size > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
+
+    def log_losses(self, losses: dict[str, Tensor], batch_index: int) -> None:
+        """Log the losses of an update: means over its passes and over all processes.
+
+        Args:
+            losses: Of one pass, by name; the same names in each.
+            batch_index: Number of the pass in its epoch.
+        """
+        wanted = self.args.grad_accum_steps
+        number = batch_index % wanted
+        passes = min(wanted, self.trainer.num_training_batches - (batch_index - number))
+        if number == 0:
+            self.loss_sums = dict.fromkeys(losses, 0.0)
+        for name, value in losses.items():
+            self.loss_sums[name] += value.detach().float() / passes
+        if number + 1 == passes:
+            for name, value in self.loss_sums.items():
+                self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     def log_score(self, name: str, value: Tensor, prog_bar: bool) -> None:
         """Log a score that all processes have computed alike."""
@@ -125,8 +162,7 @@ class DetectionModule(DenseModule):
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> Tensor:
         losses = self.model(*batch)
         total = sum(losses.values())
-        self.log_dict({f"train/{name}": value for name, value in losses.items()}, batch_size=len(batch[0]))
-        self.log("train/loss", total, prog_bar=True, batch_size=len(batch[0]))
+        self.log_losses({**losses, "loss": total}, batch_index)
         return total * self.share_of_update(batch_index)
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_index: int) -> None:
@@ -170,7 +206,7 @@ class SegmentationModule(DenseModule):
             loss = self.model.loss(images, masks)
         else:
             loss = F.cross_entropy(self.model(images), masks, ignore_index=self.args.ignore_index)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log_losses({"loss": loss}, batch_index)
         return loss * self.share_of_update(batch_index)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import logging
 import multiprocessing
-import signal
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from common.images import ReadableImages, collate_readable
 from common.sampler import SeededDataset
+from common.workers import ignore_stops
 from training.sampler import ResumableSampler
 
 STREAM_LOGGER = ReaderWds.__module__
@@ -42,14 +42,23 @@ class _SkippedSampleHandler(logging.Handler):
 
 
 def _init_worker(worker_id: int, skipped: Synchronized) -> None:
-    # A stop signal to the process group must not end the workers before the run has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stops()
     logging.getLogger(STREAM_LOGGER).addHandler(_SkippedSampleHandler(skipped))
 
 
 def _seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+class _SeededRepeatAugSampler(RepeatAugSampler):
+    """Repeated augmentation whose order depends on the run's seed too: timm's depends on the epoch alone."""
+
+    def __init__(self, dataset: Dataset, rank: int, world_size: int, repeats: int, seed: int) -> None:
+        super().__init__(dataset, world_size, rank, num_repeats=repeats)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(_seed(self.seed, epoch))
 
 
 def _check_shards(reader: Reader, workers: int, world_size: int) -> None:
@@ -142,7 +151,7 @@ class TrainLoader:
             dataset.set_loader_cfg(num_workers=workers)
         else:
             order = (
-                RepeatAugSampler(dataset, world_size, rank, num_repeats=args.aug_repeats)
+                _SeededRepeatAugSampler(dataset, rank, world_size, args.aug_repeats, args.seed)
                 if args.aug_repeats
                 else DistributedSampler(dataset, world_size, rank, seed=args.seed)
             )

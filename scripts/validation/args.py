@@ -1,6 +1,7 @@
 """Command line of ``validate.py``."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the argument.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("it runs in one process, and torchrun's would all do the same: start it without torchrun")
     if args.demo and (args.model != DEMO_DEFAULTS["model"] or args.checkpoint or args.data_dir or args.dataset):
         raise ValueError("--demo brings its own models, weights and photos")
     if not args.model:

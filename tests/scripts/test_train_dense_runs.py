@@ -124,9 +124,11 @@ def test_resumed_run_ends_as_an_uninterrupted_one(head, signum, more, data, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_stop_by_sigterm_and_go_on_exactly(data, tmp_path):
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_two_processes_stop_by_sigterm_and_go_on_exactly(workers, data, tmp_path):
+    """Loader processes get the signal too: torchrun sends it to the groups of its processes."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = ["--epochs", "3", "--batch-size", "1", "--freeze-bn"]
+    more = ["--epochs", "3", "--batch-size", "1", "--freeze-bn", "-j", workers]
     run(*options("mask2former", data, whole), *more, processes=2, script=SCRIPT)
     start = [*options("mask2former", data, cut), *more]
     code, output = run_until("epoch 1  update 4 ", signal.SIGTERM, *start, processes=2, script=SCRIPT)
@@ -204,6 +206,32 @@ def test_samples_of_an_epoch_are_the_same_for_any_number_of_processes():
     assert keys(3, 2) == keys(3, 1)[:6]
     assert {key.epoch for key in keys(3, 2)} == {3}
     assert [key.index for key in keys(4, 1)] != [key.index for key in keys(3, 1)]
+
+
+@pytest.mark.parametrize(("passes", "expected"), [(2, [3.0, 20.0]), (1, [2.0, 4.0, 20.0]), (3, [26 / 3])])
+def test_the_loss_of_an_update_is_the_mean_of_its_passes(passes, expected, data, tmp_path, monkeypatch):
+    """Of an epoch's last update too, which has fewer; processes are Lightning's to average."""
+    args = parse_args([*options("unet", data, tmp_path), "--grad-accum-steps", str(passes)])
+    module = train_dense.create_module(args, train_dense.create_datasets(args)[0], resumed=True)
+    module.trainer = Namespace(num_training_batches=3)
+    logged = []
+    monkeypatch.setattr(module, "log", lambda name, value, **how: logged.append((name, value.item(), how["sync_dist"])))
+    for epoch in range(2):
+        for number, loss in enumerate((2.0, 4.0, 20.0)):
+            module.log_losses({"loss": torch.tensor(loss, dtype=torch.bfloat16)}, number)
+        assert logged == [("train/loss", pytest.approx(value), True) for value in expected] * (epoch + 1)
+
+
+def test_a_run_of_other_updates_is_not_gone_on_with(data, tmp_path):
+    """Rates follow the updates, and an epoch would be counted in both."""
+    start = options("unet", data, tmp_path / "run")
+    train_dense.main(start)
+    for change in (["--grad-accum-steps", "2"], ["--batch-size", "3"], ["--seed", "7"]):
+        with pytest.raises(SystemExit) as exit:
+            train_dense.main([*start, "--epochs", "2", "--resume", *change])
+        told, name = str(exit.value.code), change[0][2:].replace("-", "_")
+        assert f"the checkpoint was made with {name} " in told and f"not {change[1]}." in told
+    assert read_progress(tmp_path / "run" / "last.ckpt") == (1, 3)
 
 
 def test_fewer_images_for_validation_than_processes_are_refused(data, monkeypatch):

@@ -81,6 +81,16 @@ def test_repeated_augmentation_shows_an_image_to_several_ranks(folder):
     assert not images(loaders[0].batches(0)).equal(images(loaders[1].batches(0)))
 
 
+def test_repeated_augmentation_has_an_order_for_each_seed_and_epoch(folder):
+    def order(seed, epoch):
+        loader = train_loader("--data-dir", folder, "-j", 0, "--aug-repeats", 2, "--seed", seed)
+        loader.sampler.set_position(epoch)
+        return [key.index for key in loader.sampler]
+
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
 def test_seeding_a_sample_leaves_the_run_its_random_state():
     torch.manual_seed(0)
     np.random.seed(0)

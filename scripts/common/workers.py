@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def ignore_stops(worker_id: int = 0) -> None:
+    """Makes a loader process leave the stop signals of its process group to the run, which saves what it has first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextmanager
 def workers_end() -> Iterator[None]:
     """End all processes that :mod:`multiprocessing` starts inside, however the block is left.
