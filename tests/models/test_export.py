@@ -29,17 +29,17 @@ FULL = [
     pytest.param("convnext_atto_fdconv", {}, id="convnext_atto"),
     pytest.param("swin_tiny_fdconv", dict(img_size=64), id="swin_tiny"),
 ]
-# An ONNX export takes half a minute: the smallest model goes with every run.
-onnx_models = pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        pytest.param(*case.values, id=case.id, marks=() if case.id == "convnext_conv_mlp" else pytest.mark.slow)
-        for case in SMALL + FULL
-    ],
-)
-every_model = pytest.mark.parametrize(
-    ("name", "kwargs"), SMALL + [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in FULL]
-)
+
+
+def every_model(*quick: str) -> pytest.MarkDecorator:
+    """All cases; those named, a minute of compilers each at most, go with every run."""
+    return pytest.mark.parametrize(
+        ("name", "kwargs"),
+        [
+            pytest.param(*case.values, id=case.id, marks=() if case.id in quick else pytest.mark.slow)
+            for case in SMALL + FULL
+        ],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def inputs(name):
     return [torch.randn(batch, 3, *size) for batch, *size in sizes]
 
 
-@every_model
+@every_model("resnet", "convnext_conv_mlp")
 def test_compile_without_graph_breaks(name, kwargs):
     model = build(name, kwargs)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -95,7 +95,7 @@ def test_inductor(name, kwargs):
         assert relative_error(compiled(x), model(x)) < 1e-4
 
 
-@every_model
+@every_model("resnet", "swin")
 @torch.no_grad()
 def test_exported_program(name, kwargs, tmp_path):
     """In float64, where no error hides behind rounding."""
@@ -108,7 +108,7 @@ def test_exported_program(name, kwargs, tmp_path):
         assert relative_error(loaded(x), model(x)) < 1e-9
 
 
-@onnx_models
+@every_model("convnext_conv_mlp")
 @torch.no_grad()
 def test_onnx(name, kwargs, tmp_path):
     model = build(name, kwargs)

@@ -118,7 +118,7 @@ def test_fdconv_from_a_static_checkpoint_equals_its_static_twin(validate, photos
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-@pytest.mark.parametrize("name", [STATIC, FDCONV])
+@pytest.mark.parametrize("name", [pytest.param(STATIC, marks=pytest.mark.slow), FDCONV])
 def test_precision_layout_and_compilation_keep_the_accuracy(validate, photos, checkpoint, tmp_path, name):
     (row,) = results(
         validate, tmp_path, "--data-dir", photos, "--model", name, "--checkpoint", checkpoint,
@@ -303,6 +303,12 @@ def error_of(validate, *argv):
 def test_mistakes_are_found_before_any_work(validate, argv, message):
     with pytest.raises(SystemExit, match=f"^validate.py: error: {message}"):
         validate(argv)
+
+
+def test_several_processes_would_all_do_the_same(validate, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="start it without torchrun"):
+        validate([".", "--model", STATIC])
 
 
 def test_checkpoints_that_do_not_fit(validate, photos, checkpoint, static_weights, tmp_path):

@@ -72,7 +72,7 @@ class Branches(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("free", [FREE, {}], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize("free", [FREE, pytest.param({}, marks=pytest.mark.slow)], ids=["dynamic", "fixed"])
 def test_layers_of_the_same_parameters_that_are_not_the_same_function(free, tmp_path):
     options = [{}, {"cutoffs": (0.3, 0.2, 0.1)}, {"stride": 2}, {"stride": 2}, {}, {}, {}, {}]
     model, path = Branches([layer(**kwargs) for kwargs in options]).eval(), tmp_path / "layers.onnx"
@@ -89,7 +89,9 @@ def test_layers_of_the_same_parameters_that_are_not_the_same_function(free, tmp_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("free", "count"), [(FREE, 2), ({}, 3)], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize(
+    ("free", "count"), [(FREE, 2), pytest.param({}, 3, marks=pytest.mark.slow)], ids=["dynamic", "fixed"]
+)
 def test_fbm_of_any_channels_is_exported_once(free, count, tmp_path):
     options = dict(num_bands=8, padding=1)
     layers = [
