@@ -55,13 +55,17 @@ def refuse_held(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         layers: The layers that are replaced.
     """
     inside = {part for layer in layers for part in layer.modules()}
-    parameters = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    parameters = {id(parameter) for part in inside for parameter in part._parameters.values() if parameter is not None}
     for module in model.modules():
-        for attribute, value in vars(module).items():
-            if module not in inside and attribute not in OWN and any(id(part) in parameters for part in _parts(value)):
+        if module in inside:
+            continue
+        others = (item for item in vars(module).items() if item[0] not in OWN)
+        for attribute, value in (*module._parameters.items(), *others):
+            if any(id(part) in parameters for part in _parts(value)):
                 raise ValueError(
-                    f"{type(module).__name__} holds parameters of FDConv layers in its {attribute}, and would go on "
-                    "with them: take the model out of it (.module of DistributedDataParallel), and wrap the static one"
+                    f"{type(module).__name__} holds a parameter of an FDConv layer in its {attribute}, and a static "
+                    "layer has others: make it after to_static. Of a wrapper, such as DistributedDataParallel, make "
+                    "the .module static, and wrap that"
                 )
 
 

@@ -105,9 +105,10 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
         that share a spectrum have gates of their own, and become layers with a weight each.
 
     Raises:
-        ValueError: If there is no FDConv layer, or `batches` is empty, a tensor itself, or of something else; or a
-            wrapper holds parameters of the layers, as DistributedDataParallel does.
+        ValueError: If there is no FDConv layer, or `batches` is empty, a tensor itself, or of something else; or
+            something else in the model holds parameters of the layers: an optimiser, a list, DistributedDataParallel.
     """
+    refuse_held(model, [layer for _, layer in named_fd_layers(model)])
     layers = {layer: MeanWeight(layer) for _, layer in named_fd_layers(model)}
     try:
         if not layers:
@@ -119,7 +120,6 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
     finally:
         for mean in layers.values():
             mean.remove()
-    refuse_held(model, layers)
     replaced = {layer: mean.static_twin() for layer, mean in layers.items()}
     names = [(name, replaced[layer]) for name, layer in named_fd_layers(model)]
     hand_over(model, replaced)

@@ -36,7 +36,9 @@ try:
         Checkpoints,
         EndOfRun,
         EpochSampler,
+        Progress,
         StopAfterBatch,
+        check_order,
         read_progress,
     )
     from fdconv_zoo import PretrainedError
@@ -214,18 +216,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if last.exists() and not args.resume:
             raise ValueError(f"{args.output} holds a run: add --resume to go on with it, or choose another --output")
-        epochs, steps = read_progress(last) if resumed else (0, 0)
-        if steps >= args.steps if args.steps else epochs >= args.epochs:
+        done = read_progress(last) if resumed else Progress(0, 0, {})
+        if done.updates >= args.steps if args.steps else done.epochs >= args.epochs:
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"{last} is the end of the run: {epochs} epochs, {steps} updates", file=sys.stderr)
+                print(f"{last} is the end of the run: {done.epochs} epochs, {done.updates} updates", file=sys.stderr)
             return
+        check_order(done.order, args)
         if args.device == "cuda":
             check_device(args.device)
         check_name(args.backbone)
         train_set, val_set = create_datasets(args)
         if not resumed:
             tell_and_check(args, train_set, val_set)
-        loaders = create_loaders(args, train_set, val_set, epochs)
+        loaders = create_loaders(args, train_set, val_set, done.epochs)
         L.seed_everything(args.seed, workers=True)
         module = create_module(args, train_set, resumed)
         trainer = create_trainer(args)
@@ -252,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PretrainedError as error:
         raise fail("train_dense.py", unavailable(error, "--initial-checkpoint")) from error
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MisconfigurationException) as error:
-        if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and LOST_PROCESS.search(str(error)):
+        is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if not is_alone and isinstance(error, RuntimeError) and LOST_PROCESS.search(str(error)):
             raise fail("train_dense.py", "another process of the run has ended; its own message says why") from error
         raise fail("train_dense.py", error) from error
     if trainer.is_global_zero:

@@ -54,12 +54,30 @@ def test_a_wrapper_that_holds_the_parameters_is_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(ValueError, match=r"DistributedDataParallel holds parameters .* take the model out of it"):
-            to_static(wrapped)
+        with pytest.raises(ValueError, match=r"^DistributedDataParallel holds a parameter .* make the \.module static"):
+            to_static(wrapped, [])
     finally:
         dist.destroy_process_group()
     assert list(named_fd_layers(model))
     assert not list(named_fd_layers(to_static(wrapped.module)))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda model: setattr(model, "optimizer", torch.optim.SGD(model.parameters(), lr=0.1)),
+        lambda model: setattr(model, "by_name", dict(model.named_parameters())),
+        lambda model: setattr(model, "kept", nn.ParameterList([model[0].fdw.spectrum])),
+        lambda model: model.register_parameter("kept", model[0].fdw.spectrum),
+    ],
+    ids=["optimizer", "dict", "ParameterList", "parameter"],
+)
+def test_parameters_that_others_hold_are_refused(hold):
+    model = nn.Sequential(FDConv2d(5, 4, 1, num_bands=2), nn.ReLU())
+    hold(model)
+    with pytest.raises(ValueError, match="holds a parameter of an FDConv layer in its"):
+        to_static(model)
+    assert list(named_fd_layers(model))
 
 
 LAYERS = {

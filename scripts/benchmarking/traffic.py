@@ -1,9 +1,9 @@
 """What a pass would launch and move on a GPU, counted without one: kernels, and bytes read and written.
 
 Tensors are fake CUDA tensors, or CPU tensors where Triton is interpreted, since autograd has no fake GPU: shapes are
-real, numbers are not. Each operation that is no view counts as a
-kernel that reads its inputs and writes its outputs once; FDConv's operators count as the kernels that they launch.
-Bytes over a card's memory bandwidth are the least time of a pass that is bound by memory, as most of a network's are.
+real, numbers are not. Each operation that is no view counts as a kernel that reads its inputs and writes its outputs
+once; FDConv's operators count as the kernels that they launch. Bytes over a card's memory bandwidth are the least time
+of a pass that is bound by memory, as most of a network's are.
 """
 
 import copy

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+# What stands before the message of an error in a loader process: all frames, and its type where it has a message.
+TRACEBACK = re.compile(r'\A.*^  File "[^\n]*\n(?: +[^\n]*\n)*(?:[\w.]+: )?', re.MULTILINE | re.DOTALL)
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the layout of the examples, and shows the defaults that say something."""
@@ -19,9 +22,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 def fail(program: str, error: object) -> SystemExit:
     """Return the exit for a mistake that is not the program's: one line on stderr, status 1."""
-    # An error of a loader process comes with its traceback before it.
-    _, is_wrapped, traceback = str(error).partition(" in DataLoader worker process ")
-    told = re.split(r"^[\w.]+: ", traceback, flags=re.MULTILINE)[-1] if is_wrapped else str(error)
+    told = str(error)
+    if " in DataLoader worker process " in told:
+        told = TRACEBACK.sub("", told)
     return SystemExit(f"{program}: error: {' '.join(told.split())}")
 
 

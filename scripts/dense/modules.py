@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,6 +22,7 @@ from dense.args import MASK_HEADS
 from dense.coco import Target
 from dense.models import predict_classes
 from dense.optim import create_optimizer, rate_factor
+from dense.resume import order_of
 
 
 def gather_images(metric: MeanAveragePrecision, rank: int, world_size: int) -> None:
@@ -77,23 +79,8 @@ class DenseModule(L.LightningModule):
         for group, options, factor in zip(groups, self.options, schedule.lr_lambdas, strict=True):
             group.update(options, lr=options["initial_lr"] * factor(schedule.last_epoch))
 
-    def _order(self) -> dict[str, int]:
-        """What updates and the order of the training data depend on, besides the data themselves."""
-        names = ("batch_size", "grad_accum_steps", "seed")
-        return {name: getattr(self.args, name) for name in names} | {"processes": self.trainer.world_size}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["order"] = self._order()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises a ValueError where the run had other updates: rates and epochs would be counted in both."""
-        was, now = checkpoint.get("order", {}), self._order()  # older checkpoints have none
-        different = [f"{name} {value}, not {now[name]}" for name, value in was.items() if value != now[name]]
-        if different:
-            raise ValueError(
-                f"can't go on with --resume: the checkpoint was made with {'; '.join(different)}. Resume with the "
-                "same, or start a new run in another --output"
-            )
+        checkpoint["order"] = order_of(self.args)
 
     def share_of_update(self, batch_index: int) -> float:
         """What a batch's loss counts beside others of its update, which Lightning divides by the full number of them.
@@ -129,9 +116,15 @@ class DenseModule(L.LightningModule):
             self.loss_sums = dict.fromkeys(losses, 0.0)
         for name, value in losses.items():
             self.loss_sums[name] += value.detach().float() / passes
-        if number + 1 == passes:
-            for name, value in self.loss_sums.items():
-                self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        if number + 1 < passes:
+            return
+        means = torch.stack([*self.loss_sums.values()])
+        if self.trainer.world_size > 1:
+            # In place of Lightning's sync_dist, which waits for all processes, and GPUs, once for each name.
+            dist.all_reduce(means)
+            means /= self.trainer.world_size
+        for name, mean in zip(self.loss_sums, means.unbind(), strict=True):
+            self.log(f"train/{name}", mean, prog_bar=name == "loss")
 
     def log_score(self, name: str, value: Tensor, prog_bar: bool) -> None:
         """Log a score that all processes have computed alike."""

@@ -5,10 +5,11 @@ All randomness is drawn from numbers that a checkpoint has: the order of an epoc
 repeated as it was.
 """
 
+import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -58,15 +59,54 @@ class CheckpointFiles(TorchCheckpointIO):
         save_state(checkpoint, Path(path))
 
 
-def read_progress(path: Path) -> tuple[int, int]:
-    """Return the epochs and the updates done before a checkpoint.
+class Progress(NamedTuple):
+    """Where a run is.
+
+    Attributes:
+        epochs: Whole epochs done.
+        updates: Updates done.
+        order: See :func:`order_of`; of older checkpoints, nothing.
+    """
+
+    epochs: int
+    updates: int
+    order: dict[str, Any]
+
+
+def order_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What updates and the order of the training data depend on, besides the data themselves."""
+    names = ["batch_size", "grad_accum_steps", "seed", *([] if args.steps else ["limit_batches"])]
+    return {name: getattr(args, name) for name in names} | {"processes": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def check_order(was: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse to go on with other updates: rates and epochs would be counted in both.
+
+    Args:
+        was: Order of the checkpoint.
+        args: Arguments of train_dense.py.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    now = order_of(args)
+    different = [f"{name} {was[name]}, not {now[name]}" for name in now if name in was and was[name] != now[name]]
+    if different:
+        raise ValueError(
+            f"can't go on with --resume: the checkpoint was made with {'; '.join(different)}. Resume with the same, or "
+            "start a new run in another --output"
+        )
+
+
+def read_progress(path: Path) -> Progress:
+    """Return what was done before a checkpoint.
 
     Raises:
         CheckpointError: It is none, or can't be read.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return checkpoint["epoch"] + 1, checkpoint["global_step"]
+        return Progress(checkpoint["epoch"] + 1, checkpoint["global_step"], checkpoint.get("order", {}))
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"can't resume from {path}: it is no whole checkpoint ({reason})") from error

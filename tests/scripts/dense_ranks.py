@@ -1,4 +1,4 @@
-"""Runs train_dense.py, after which each process writes the weights it has itself to rank<N>.pt in --output."""
+"""Runs train_dense.py, after which each process writes its own weights and losses to rank<N>.pt in --output."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ import torch
 
 import train_dense
 from dense.args import parse_args
+from dense.modules import DenseModule
 
 if __name__ == "__main__":
     modules = []
@@ -19,6 +20,14 @@ if __name__ == "__main__":
         modules.append(create_module(*args))
         return modules[0]
 
-    train_dense.create_module = keep_module
+    losses = []
+    log_losses = DenseModule.log_losses
+
+    def keep_losses(self, of_pass, batch_index):
+        losses.append(of_pass["loss"].item())
+        log_losses(self, of_pass, batch_index)
+
+    train_dense.create_module, DenseModule.log_losses = keep_module, keep_losses
     train_dense.main()
-    torch.save(modules[0].model.state_dict(), parse_args().output / f"rank{os.environ['RANK']}.pt")
+    found = {"weights": modules[0].model.state_dict(), "losses": losses}
+    torch.save(found, parse_args().output / f"rank{os.environ['RANK']}.pt")

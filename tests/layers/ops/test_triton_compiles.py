@@ -140,9 +140,11 @@ def test_gates(batch, folder):
 
 
 @by_dtype
-def test_bank(dtype, folder):
+@pytest.mark.parametrize("ones", [(), ("num_rows", "num_columns", "columns", "tiles_of_row", "num_bands", "first")])
+def test_bank(ones, dtype, folder):
+    """Of an argument that is 1, Triton makes a constant."""
     for kernel in (bank.spread_kernel, bank.collect_kernel):
-        constants = {"TILE": 8, "BLOCK": bank.BLOCK, "num_warps": 4}
+        constants = {"TILE": 8, "BLOCK": bank.BLOCK, "num_warps": 4, **dict.fromkeys(ones, 1)}
         assert spilled_bytes(kernel, dtype, constants, folder, (*EXACT, "out", "spectra")) == 0
 
 

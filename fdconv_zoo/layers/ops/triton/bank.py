@@ -150,8 +150,8 @@ def collect_groups(
     rows, count, _ = out.shape
     edge = 1 / math.sqrt(rows * columns)
     collect_kernel[(blocks_of(rows * count, BLOCK),)](
-        out, spectra, first=first, stop=first + len(spectra), edge_scale=edge, inner_scale=edge * math.sqrt(2),
-        **arguments(gain_index, gain_tiles, num_bands, count, columns),
+        out, spectra.contiguous(), first=first, stop=first + len(spectra), edge_scale=edge,
+        inner_scale=edge * math.sqrt(2), **arguments(gain_index, gain_tiles, num_bands, count, columns),
     )  # fmt: skip
 
 
