@@ -14,15 +14,17 @@ FIT = {
     "swin_tiny_300ep": ["--model-kwargs", "img_size=64", "window_size=2"],
     "finetune_converted": ["--no-pretrained"],  # the weights come from the Hub
 }
+NARROW = ["--model-kwargs", "channels=(16, 24, 32, 48)"]
 SMALL = {
-    "resnet50_a1_600ep": ["--model", "resnet18_fdconv"],
-    "resnet50_a2_300ep": ["--model", "resnet18_fdconv", "--aug-repeats", "0"],
-    "finetune_converted": ["--model", "resnet18_fdconv"],
+    "resnet50_a1_600ep": ["--model", "resnet18_fdconv", *NARROW],
+    "resnet50_sgd_100ep": ["--model", "resnet18_fdconv", *NARROW],
+    "resnet50_a2_300ep": ["--model", "resnet18_fdconv", *NARROW, "--aug-repeats", "0"],
+    "finetune_converted": ["--model", "resnet18_fdconv", *NARROW],
     "convnext_tiny_300ep": ["--model", "convnext_atto_fdconv", "--grad-accum-steps", "2"],
-    "dcd_resnet50_120ep": ["--model", "resnet18_dcd"],
-    "dyconv_resnet50_100ep": ["--model", "resnet18_dyconv"],
-    "kw_resnet50_300ep": ["--model", "resnet18_kw", "--grad-accum-steps", "2"],
-    "odconv_resnet50_100ep": ["--model", "resnet18_odconv_1x"],
+    "dcd_resnet50_120ep": ["--model", "resnet18_dcd", *NARROW],
+    "dyconv_resnet50_100ep": ["--model", "resnet18_dyconv", *NARROW],
+    "kw_resnet50_300ep": ["--model", "resnet18_kw", *NARROW, "--grad-accum-steps", "2"],
+    "odconv_resnet50_100ep": ["--model", "resnet18_odconv_1x", *NARROW],
     "swin_tiny_300ep": ["--model-kwargs", "img_size=64", "window_size=2", "embed_dim=48", "depths=(1, 1, 1, 1)"],
 }
 

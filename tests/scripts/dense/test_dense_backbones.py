@@ -52,7 +52,7 @@ def test_initial_weights_are_all_the_backbones_or_refused(tmp_path, backbone, ki
     assert relative_error(found(x)[-1], model.forward_features(x)) < 1e-5
 
 
-@pytest.mark.parametrize("head", ["faster_rcnn", "retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("head", ["faster_rcnn", "retinanet", pytest.param("mask_rcnn", marks=pytest.mark.slow)])
 def test_boxes_are_of_single_precision_under_autocast(head):
     given = ["--head", head, "--backbone", "resnet18", *TINY[:3], "--min-size", "128", "--train-images", "a"]
     for split in ("train", "val"):
