@@ -55,13 +55,12 @@ def refuse_held(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         layers: The layers that are replaced.
     """
     inside = {part for layer in layers for part in layer.modules()}
-    parameters = {id(parameter) for part in inside for parameter in part._parameters.values() if parameter is not None}
+    parameters = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for module in model.modules():
         if module in inside:
             continue
-        others = (item for item in vars(module).items() if item[0] not in OWN)
-        for attribute, value in (*module._parameters.items(), *others):
-            if any(id(part) in parameters for part in _parts(value)):
+        for attribute, part in (*module._parameters.items(), *_held(module)):
+            if id(part) in parameters:
                 raise ValueError(
                     f"{type(module).__name__} holds a parameter of an FDConv layer in its {attribute}, and a static "
                     "layer has others: make it after to_static. Of a wrapper, such as DistributedDataParallel, make "
@@ -84,13 +83,11 @@ def find_shared(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module
                 holders.setdefault(id(parameter), []).append((name, module, key))
     shared = {}
     for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in OWN:
-                for part in _parts(value):
-                    for _, holder, key in holders.get(id(part), []):
-                        if holder in layers:
-                            place = f"{name}.{attribute}" if name else attribute
-                            shared[holder] = f"its {key} is also in {place}, which would go on with the static one"
+        for attribute, part in _held(module):
+            for _, holder, key in holders.get(id(part), []):
+                if holder in layers:
+                    place = f"{name}.{attribute}" if name else attribute
+                    shared[holder] = f"its {key} is also in {place}, which would go on with the static one"
     for held in holders.values():
         for _, module, key in held:
             for other_name, other, other_key in held:
@@ -154,6 +151,14 @@ def _refuse_untied(replaced: Mapping[nn.Module, nn.Module]) -> None:
                         f"two layers share a {key}, which {type(layer).__name__} can't: leave them with include"
                     )
                 seen.add(id(parameter))
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module's attributes hold beside what is registered, with the attribute's name."""
+    for attribute, value in vars(module).items():
+        if attribute not in OWN:
+            for part in _parts(value):
+                yield attribute, part
 
 
 def _parts(value: Any, within: frozenset[int] = frozenset()) -> Iterator[Any]:

@@ -108,8 +108,9 @@ def to_static(model: nn.Module, batches: Iterable[Any] | None = None) -> nn.Modu
         ValueError: If there is no FDConv layer, or `batches` is empty, a tensor itself, or of something else; or
             something else in the model holds parameters of the layers: an optimiser, a list, DistributedDataParallel.
     """
-    refuse_held(model, [layer for _, layer in named_fd_layers(model)])
-    layers = {layer: MeanWeight(layer) for _, layer in named_fd_layers(model)}
+    found = [layer for _, layer in named_fd_layers(model)]
+    refuse_held(model, found)
+    layers = {layer: MeanWeight(layer) for layer in found}
     try:
         if not layers:
             raise ValueError(f"{type(model).__name__} has no FDConv layer")

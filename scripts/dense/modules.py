@@ -82,14 +82,14 @@ class DenseModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["order"] = order_of(self.args)
 
-    def share_of_update(self, batch_index: int) -> float:
-        """What a batch's loss counts beside others of its update, which Lightning divides by the full number of them.
+    def passes_of_update(self, batch_index: int) -> int:
+        """Passes of the update that a batch belongs to: an epoch's last one may have fewer."""
+        wanted = self.args.grad_accum_steps
+        return min(wanted, self.trainer.num_training_batches - batch_index // wanted * wanted)
 
-        An epoch's last update may have fewer.
-        """
-        wanted, batches = self.args.grad_accum_steps, self.trainer.num_training_batches
-        rest = batches % wanted
-        return wanted / rest if rest and batch_index >= batches - rest else 1.0
+    def share_of_update(self, batch_index: int) -> float:
+        """What a batch's loss counts in its update, whose sum Lightning divides by the full number of passes."""
+        return self.args.grad_accum_steps / self.passes_of_update(batch_index)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # a resumed run draws what the uninterrupted one did
@@ -109,9 +109,7 @@ class DenseModule(L.LightningModule):
             losses: Of one pass, by name; the same names in each.
             batch_index: Number of the pass in its epoch.
         """
-        wanted = self.args.grad_accum_steps
-        number = batch_index % wanted
-        passes = min(wanted, self.trainer.num_training_batches - (batch_index - number))
+        number, passes = batch_index % self.args.grad_accum_steps, self.passes_of_update(batch_index)
         if number == 0:
             self.loss_sums = dict.fromkeys(losses, 0.0)
         for name, value in losses.items():

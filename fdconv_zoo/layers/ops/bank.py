@@ -143,8 +143,9 @@ def bank_on_gpu(
         return bank_kernel(coefficients, gain_index, gain_tiles, num_bands, columns, kernel_size, dtype)
     from .triton import bank as triton_bank
 
-    gain_map = GainMap(gain_index, gain_tiles)
-    return triton_bank.make_bank(coefficients, gain_map, num_bands, columns, tuple(kernel_size), dtype)
+    spectra = triton_bank.group_spectra(coefficients, GainMap(gain_index, gain_tiles), num_bands, columns)
+    bank = bank_fake(coefficients, gain_index, gain_tiles, num_bands, columns, kernel_size, dtype)
+    return transform(spectra, bank, tuple(kernel_size))
 
 
 def bank_fake(

@@ -7,6 +7,7 @@ between are cuFFT's.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...fourier import GainMap
-from ..bank import bank_fake, group_chunks, matrix_shape, transform, transform_back
+from ..bank import group_chunks, matrix_shape, transform_back
 from .launch import blocks_of, kernel
 
 # Coefficients of a program.
@@ -155,21 +156,13 @@ def collect_groups(
     )  # fmt: skip
 
 
-def make_bank(
-    coefficients: Tensor,
-    gain_map: GainMap,
-    num_bands: int,
-    columns: int,
-    kernel_size: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """:func:`fdconv_zoo.layers.ops.bank.make_bank`."""
-    spectra = (
-        (groups, spread_groups(coefficients, *gain_map, num_bands, columns, groups.start, groups.stop))
-        for groups in group_chunks(num_bands, len(coefficients) * columns)
-    )
-    halves = ((groups, torch.view_as_complex(parts)) for groups, parts in spectra)
-    return transform(halves, bank_fake(coefficients, *gain_map, num_bands, columns, kernel_size, dtype), kernel_size)
+def group_spectra(
+    coefficients: Tensor, gain_map: GainMap, num_bands: int, columns: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Groups and their half spectra, as :func:`fdconv_zoo.layers.ops.bank.transform` takes them."""
+    for groups in group_chunks(num_bands, len(coefficients) * columns):
+        parts = spread_groups(coefficients, *gain_map, num_bands, columns, groups.start, groups.stop)
+        yield groups, torch.view_as_complex(parts)
 
 
 def bank_adjoint(grad: Tensor, gain_map: GainMap, kernel_size: tuple[int, int]) -> Tensor:
